@@ -1,0 +1,107 @@
+// One plain struct of parameters per stage: every pointer with its shape and who may leave it null.
+// B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, Lq queries, Lk keys, D head_dim,
+// T = num_tiles(Lq, G), U = summary_units(selector, Lk), Ds = summary_dim(selector, D).
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/geometry.h"
+#include "condensate/types.h"
+
+namespace condensate {
+
+// Sizes and ranges that the stages share.
+struct Problem {
+    DType dtype = DType::kFloat32;  // of query, key, value, summaries and out
+    int64_t batch = 0;
+    int64_t query_heads = 0;
+    int64_t kv_heads = 0;
+    int64_t query_len = 0;
+    int64_t kv_len = 0;
+    int64_t head_dim = 0;
+    int64_t window = 0;
+    int64_t anchors = 0;
+    bool causal = true;
+    float scale = 1.0f;
+
+    CONDENSATE_HOST_DEVICE int group() const { return static_cast<int>(query_heads / kv_heads); }
+    CONDENSATE_HOST_DEVICE Ranges ranges() const { return {kv_len, window, anchors, causal}; }
+};
+
+// key -> summaries: what selection needs to know about the keys, one pass over them.
+struct BlockSummaryParams {
+    DType dtype = DType::kFloat32;
+    int64_t batch = 0;
+    int64_t kv_heads = 0;
+    int64_t kv_len = 0;
+    int64_t head_dim = 0;
+    Selector selector = Selector::kBlock;  // not kExact
+    ConstTensor4 key;                      // [B, Hkv, Lk, D]
+    void* summaries = nullptr;             // [B, Hkv, U, Ds] contiguous, dtype; units past Lk are 0
+};
+
+// query, summaries -> one ascending list of blocks per tile.
+struct BlockSelectParams {
+    Problem problem;
+    Selector selector = Selector::kBlock;   // not kExact
+    ConstTensor4 query;                     // [B, Hq, Lq, D]
+    const void* summaries = nullptr;        // [B, Hkv, U, Ds] contiguous, dtype
+    int64_t max_blocks = 0;                 // K: width of the lists, the budget in blocks
+    int32_t* block_indices = nullptr;       // [B, Hkv, T, K] ascending, -1 padded
+    int32_t* block_counts = nullptr;        // [B, Hkv, T]
+    float* omitted_mass_estimate = nullptr; // [B, Hq, Lq] or null
+    void* workspace = nullptr;              // block_select_workspace_bytes(); null where that is 0
+};
+
+// query, key -> the score of the topk-th key outside anchors and window, per query and head.
+// Key j is selected iff score > threshold, or score == threshold and j <= tie_index.
+struct TokenSelectParams {
+    Problem problem;
+    ConstTensor4 query;              // [B, Hq, Lq, D]
+    ConstTensor4 key;                // [B, Hkv, Lk, D]
+    int64_t topk = 0;
+    float* threshold = nullptr;      // [B, Hq, Lq]; -inf where fewer than topk keys can be selected
+    int32_t* tie_index = nullptr;    // [B, Hq, Lq]
+    float* lse_full = nullptr;       // [B, Hq, Lq] natural log over all visible keys, or null
+};
+
+// Softmax attention over anchors, window and what was selected.
+struct AttentionParams {
+    Problem problem;
+    ConstTensor4 query;                      // [B, Hq, Lq, D]
+    ConstTensor4 key;                        // [B, Hkv, Lk, D]
+    ConstTensor4 value;                      // [B, Hkv, Lk, D]
+    const int32_t* block_indices = nullptr;  // [B, Hkv, T, K] strictly ascending, or null
+    const int32_t* block_counts = nullptr;   // [B, Hkv, T], null with block_indices
+    int64_t max_blocks = 0;                  // K
+    const float* threshold = nullptr;        // [B, Hq, Lq] from TokenSelect, or null
+    const int32_t* tie_index = nullptr;      // [B, Hq, Lq], null with threshold
+    void* out = nullptr;                     // [B, Hq, Lq, D] contiguous, dtype
+    float* lse = nullptr;                    // [B, Hq, Lq] natural log, or null
+};
+
+// query, key, lse of a support -> the softmax mass outside it, by scoring every visible key.
+struct OmittedMassParams {
+    Problem problem;                // window and anchors are not used
+    ConstTensor4 query;             // [B, Hq, Lq, D]
+    ConstTensor4 key;               // [B, Hkv, Lk, D]
+    const float* lse = nullptr;     // [B, Hq, Lq] contiguous
+    const int64_t* rows = nullptr;  // [R] query indices to audit, or null for all
+    int64_t num_rows = 0;           // R; Lq when rows is null
+    float* omitted = nullptr;       // [B, Hq, R] in [0, 1]
+};
+
+// Two attention results over disjoint supports -> the result over their union.
+struct MergeStatesParams {
+    DType dtype = DType::kFloat32;
+    int64_t rows = 0;  // B * Hq * Lq
+    int64_t head_dim = 0;
+    const void* out_a = nullptr;   // [rows, D]
+    const float* lse_a = nullptr;  // [rows]
+    const void* out_b = nullptr;   // [rows, D]
+    const float* lse_b = nullptr;  // [rows]
+    void* out = nullptr;           // [rows, D]
+    float* lse = nullptr;          // [rows]
+};
+
+}  // namespace condensate

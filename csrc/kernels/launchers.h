@@ -1,0 +1,33 @@
+// Every CUDA entry point that host/dispatch can choose. Parameters arrive validated.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "condensate/params.h"
+
+namespace condensate::kernels {
+
+// Facts of the device and the call that a launcher needs.
+struct LaunchContext {
+    cudaStream_t stream = nullptr;
+    int sm_count = 0;
+    int max_smem_per_block_bytes = 0;  // opt-in limit
+    uint32_t* error_word = nullptr;    // device memory, sticky, see ErrorBit
+};
+
+Status block_summary(const BlockSummaryParams& params, const LaunchContext& context);
+Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
+
+// sm80: mma.sync, float16 and bfloat16. simt: FFMA, every dtype; the only path of float32.
+int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int sm_count);
+int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int sm_count);
+Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context);
+Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context);
+Status token_select_sm80(const TokenSelectParams& params, const LaunchContext& context);
+Status token_select_simt(const TokenSelectParams& params, const LaunchContext& context);
+Status attention_sm80(const AttentionParams& params, const LaunchContext& context);
+Status attention_simt(const AttentionParams& params, const LaunchContext& context);
+Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& context);
+Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& context);
+
+}  // namespace condensate::kernels
