@@ -1,0 +1,50 @@
+// Which query and head each row of a tile is, and which tile a CTA works on.
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/params.h"
+
+namespace condensate::device {
+
+struct TileRows {
+    int batch, kv_head, group;
+    int positions;       // P, a power of two
+    int log2_positions;
+    int64_t first_query; // of the tile
+    int64_t query_len, kv_len;
+    int64_t tile_index;  // in [B, Hkv, T]
+
+    // `index` counts tiles with KV heads major, and the last (longest) tile of a head first.
+    __device__ TileRows(const Problem& p, int64_t index)
+        : group(p.group()), query_len(p.query_len), kv_len(p.kv_len) {
+        positions = tile_positions(group);
+        log2_positions = 31 - __clz(positions);
+        int64_t tiles = num_tiles(p.query_len, group);
+        int64_t head = index / tiles, tile = tiles - 1 - index % tiles;
+        batch = static_cast<int>(head / p.kv_heads);
+        kv_head = static_cast<int>(head % p.kv_heads);
+        first_query = tile * positions;
+        tile_index = head * tiles + tile;
+    }
+
+    __device__ int rows() const { return positions * group; }
+    __device__ int64_t query(int row) const { return first_query + (row & (positions - 1)); }
+    __device__ int head(int row) const { return kv_head * group + (row >> log2_positions); }
+    __device__ bool exists(int row) const { return row < rows() && query(row) < query_len; }
+    __device__ int64_t position(int row) const { return query_position(query(row), query_len, kv_len); }
+    __device__ TileSpan span() const {
+        return tile_span(first_query >> log2_positions, positions, query_len, kv_len);
+    }
+    // Index of a row in a contiguous [B, Hq, Lq] tensor.
+    __device__ int64_t flat_row(int row, int64_t query_heads) const {
+        return (batch * query_heads + head(row)) * query_len + query(row);
+    }
+};
+
+// Element offset of (batch, head, row 0) in a strided tensor.
+__device__ __forceinline__ int64_t head_offset(const ConstTensor4& t, int batch, int head) {
+    return batch * t.stride_batch + head * t.stride_head;
+}
+
+}  // namespace condensate::device

@@ -1,0 +1,289 @@
+// Attention over ranges and listed blocks with mma.sync: one CTA per tile (or part of a tile), four
+// warps of 16 or 32 rows, K and V double-buffered by cp.async.
+#pragma once
+
+#include <cfloat>
+
+#include "condensate/params.h"
+#include "device/block_walk.h"
+#include "device/mma_tile.h"
+#include "device/pack.h"
+#include "device/softmax.h"
+#include "device/tile_rows.h"
+#include "kernels/attention/sm80/mask.h"
+#include "kernels/attention/sm80/traits.h"
+
+namespace condensate::kernels::sm80 {
+
+// The keys of one pipeline step.
+struct Step {
+    int64_t key_begin;  // negative at the end
+    bool partial;       // the mask must be evaluated
+    bool listed;
+};
+
+// Cuts the walk's blocks into steps of kStepKeys keys.
+template <class Traits>
+class StepWalk {
+public:
+    __device__ StepWalk(const Ranges& ranges, TileSpan tile, device::BlockWalk walk)
+        : ranges_(ranges), tile_(tile), walk_(walk) {}
+
+    __device__ Step next() {
+        if (key_ % kBlockKeys == 0) {
+            device::BlockStep block = walk_.next();
+            if (block.block == INT_MAX) return {-1, false, false};
+            key_ = int64_t{block.block} * kBlockKeys;
+            listed_ = block.listed;
+            partial_ = Traits::kExact ||
+                       block_cover(ranges_, tile_, block.block, listed_) != BlockCover::kFull;
+        }
+        Step step = {key_, partial_, listed_};
+        key_ += Traits::kStepKeys;
+        return step;
+    }
+    __device__ uint32_t errors() const { return walk_.errors; }
+
+private:
+    Ranges ranges_;
+    TileSpan tile_;
+    device::BlockWalk walk_;
+    int64_t key_ = 0;
+    bool listed_ = false, partial_ = false;
+};
+
+template <class Traits>
+__device__ __forceinline__ void load_queries(typename Traits::Smem& smem, const AttentionParams& params,
+                                             const device::TileRows& tile, int first_row) {
+    using T = typename Traits::T;
+    constexpr int kChunks = Traits::kDim / 8;
+    const T* query = static_cast<const T*>(params.query.data);
+    uint32_t q_smem = ptx::smem_address(smem.q);
+    for (int i = threadIdx.x; i < Traits::kRows * kChunks; i += Traits::kThreads) {
+        int row = i / kChunks, chunk = i % kChunks;
+        bool copy = tile.exists(first_row + row) && chunk * 8 < params.problem.head_dim;
+        const T* src = query;
+        if (copy) {
+            src += device::head_offset(params.query, tile.batch, tile.head(first_row + row)) +
+                   tile.query(first_row + row) * params.query.stride_seq + chunk * 8;
+        }
+        ptx::cp_async_16(q_smem + device::tile_offset<Traits::kDim>(row, chunk), src, copy);
+    }
+}
+
+// Key scores a row must exceed, or equal at an index up to `tie`, to be selected.
+template <int kMTiles>
+struct RowThresholds {
+    float score[kMTiles][2];
+    int tie[kMTiles][2];
+};
+
+template <class Traits>
+__device__ __forceinline__ void load_thresholds(RowThresholds<Traits::kMTiles>& thresholds,
+                                                const AttentionParams& params,
+                                                const device::TileRows& tile, int warp_first_row) {
+#pragma unroll
+    for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int row = warp_first_row + 16 * m + 8 * half + (threadIdx.x & 31) / 4;
+            bool exists = tile.exists(row);
+            int64_t flat = exists ? tile.flat_row(row, params.problem.query_heads) : 0;
+            thresholds.score[m][half] = exists ? params.threshold[flat] : INFINITY;
+            thresholds.tie[m][half] = exists ? params.tie_index[flat] : -1;
+        }
+    }
+}
+
+// Drops every score outside the rows' supports.
+template <class Traits>
+__device__ __forceinline__ void mask_scores(float (&s)[Traits::kMTiles][Traits::kNTiles][4],
+                                            const Ranges& ranges, const Step& step,
+                                            const device::TileRows& tile, int warp_first_row,
+                                            float scale,
+                                            const RowThresholds<Traits::kMTiles>& thresholds) {
+    int lane_row = (threadIdx.x & 31) / 4, lane_key = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int64_t position = tile.position(warp_first_row + 16 * m + 8 * half + lane_row);
+            uint64_t visible = visible_bits(ranges, position, step.key_begin) >> lane_key;
+            uint64_t kept = step.listed ? ~0ull : range_bits(ranges, position, step.key_begin);
+            kept = visible & (kept >> lane_key);
+#pragma unroll
+            for (int n = 0; n < Traits::kNTiles; ++n) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float& score = s[m][n][2 * half + e];
+                    bool keep = kept >> (8 * n + e) & 1;
+                    if constexpr (Traits::kExact) {
+                        int key = static_cast<int>(step.key_begin) + lane_key + 8 * n + e;
+                        float scaled = score * scale, least = thresholds.score[m][half];
+                        bool selected = (scaled > least) |
+                                        ((scaled == least) & (key <= thresholds.tie[m][half]));
+                        keep |= selected & (visible >> (8 * n + e) & 1);
+                    }
+                    score = keep ? score : -INFINITY;
+                }
+            }
+        }
+    }
+}
+
+// out += weights * values, with the weights rounded to the values' type.
+template <class Traits>
+__device__ __forceinline__ void accumulate_values(float (&out)[Traits::kMTiles][Traits::kDTiles][4],
+                                                  const float (&p)[Traits::kMTiles][Traits::kNTiles][4],
+                                                  uint32_t v_smem) {
+    using T = typename Traits::T;
+    uint32_t v_lane = device::row_major_lane<Traits::kDim>(v_smem, 0);
+#pragma unroll
+    for (int k_step = 0; k_step < Traits::kStepKeys / 16; ++k_step) {
+        uint32_t a[Traits::kMTiles][4];
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m) {
+            const float(&left)[4] = p[m][2 * k_step];
+            const float(&right)[4] = p[m][2 * k_step + 1];
+            a[m][0] = device::pack2<T>(left[0], left[1]);
+            a[m][1] = device::pack2<T>(left[2], left[3]);
+            a[m][2] = device::pack2<T>(right[0], right[1]);
+            a[m][3] = device::pack2<T>(right[2], right[3]);
+        }
+#pragma unroll
+        for (int pair = 0; pair < Traits::kDTiles / 2; ++pair) {
+            uint32_t b[4];
+            ptx::ldmatrix_x4_trans(
+                b, device::chunk_pair_address<Traits::kDim>(v_lane, 16 * k_step, pair));
+#pragma unroll
+            for (int m = 0; m < Traits::kMTiles; ++m) {
+                ptx::mma_m16n8k16<T>(out[m][2 * pair], a[m], b[0], b[1]);
+                ptx::mma_m16n8k16<T>(out[m][2 * pair + 1], a[m], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Divides by the sums and writes a warp's rows: registers -> its own rows of smem.q -> global.
+template <class Traits>
+__device__ __forceinline__ void store_rows(typename Traits::Smem& smem, const AttentionParams& params,
+                                           const device::TileRows& tile, int first_row, int warp_row,
+                                           const float (&out)[Traits::kMTiles][Traits::kDTiles][4],
+                                           const device::OnlineSoftmax<Traits::kMTiles>& softmax) {
+    using T = typename Traits::T;
+    constexpr int kChunks = Traits::kDim / 8;
+    int lane = threadIdx.x & 31;
+    char* rows_smem = reinterpret_cast<char*>(smem.q);
+#pragma unroll
+    for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            int row = warp_row + 16 * m + 8 * half + lane / 4;
+            float sum = softmax.row_sum[m][half];
+            float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+            for (int n = 0; n < Traits::kDTiles; ++n) {
+                uint32_t offset = device::tile_offset<Traits::kDim>(row, n) + 4 * (lane & 3);
+                *reinterpret_cast<uint32_t*>(rows_smem + offset) = device::pack2<T>(
+                    out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
+            }
+            if (params.lse && (lane & 3) == 0 && tile.exists(first_row + row)) {
+                params.lse[tile.flat_row(first_row + row, params.problem.query_heads)] =
+                    softmax.lse(m, half);
+            }
+        }
+    }
+    __syncwarp();
+    T* out_gmem = static_cast<T*>(params.out);
+    for (int i = lane; i < Traits::kWarpRows * kChunks; i += 32) {
+        int row = warp_row + i / kChunks, chunk = i % kChunks;
+        if (chunk * 8 >= params.problem.head_dim || !tile.exists(first_row + row)) continue;
+        int64_t flat = tile.flat_row(first_row + row, params.problem.query_heads);
+        *reinterpret_cast<uint4*>(out_gmem + flat * params.problem.head_dim + chunk * 8) =
+            *reinterpret_cast<const uint4*>(rows_smem + device::tile_offset<Traits::kDim>(row, chunk));
+    }
+}
+
+// `parts` CTAs share a tile's rows.
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    attention_kernel(const __grid_constant__ AttentionParams params,
+                     const __grid_constant__ int parts, uint32_t* error_word) {
+    using T = typename Traits::T;
+    extern __shared__ __align__(128) char smem_bytes[];
+    auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
+
+    const Problem& problem = params.problem;
+    const device::TileRows tile(problem, blockIdx.x / parts);
+    const int first_row = static_cast<int>(blockIdx.x % parts) * Traits::kRows;
+    const int warp_row = static_cast<int>(threadIdx.x / 32) * Traits::kWarpRows;
+    const Ranges ranges = problem.ranges();
+    const TileSpan span = tile.span();
+
+    const int32_t* list = nullptr;
+    int64_t list_count = 0;
+    if (params.block_indices) {
+        list = params.block_indices + tile.tile_index * params.max_blocks;
+        list_count = params.block_counts[tile.tile_index];
+    }
+    StepWalk<Traits> walk(ranges, span,
+                          Traits::kExact ? device::BlockWalk(ranges, span)
+                                         : device::BlockWalk(ranges, span, list, list_count,
+                                                             list ? params.max_blocks : 0));
+
+    RowThresholds<Traits::kMTiles> thresholds;
+    if constexpr (Traits::kExact) {
+        load_thresholds<Traits>(thresholds, params, tile, first_row + warp_row);
+    }
+
+    const T* key = static_cast<const T*>(params.key.data) +
+                   device::head_offset(params.key, tile.batch, tile.kv_head);
+    const T* value = static_cast<const T*>(params.value.data) +
+                     device::head_offset(params.value, tile.batch, tile.kv_head);
+    auto load_step = [&](const Step& step, int stage) {
+        int64_t valid = problem.kv_len - step.key_begin;
+        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+            ptx::smem_address(smem.k[stage]), key + step.key_begin * params.key.stride_seq,
+            params.key.stride_seq, valid, static_cast<int>(problem.head_dim));
+        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+            ptx::smem_address(smem.v[stage]), value + step.key_begin * params.value.stride_seq,
+            params.value.stride_seq, valid, static_cast<int>(problem.head_dim));
+    };
+
+    float out[Traits::kMTiles][Traits::kDTiles][4] = {};
+    device::OnlineSoftmax<Traits::kMTiles> softmax;
+    const float scale_log2 = fmaxf(fabsf(problem.scale) * 1.44269504088896341f, FLT_MIN);
+
+    load_queries<Traits>(smem, params, tile, first_row);
+    Step step = walk.next();
+    if (step.key_begin >= 0) load_step(step, 0);
+    ptx::cp_async_commit();
+
+    for (int stage = 0; step.key_begin >= 0; stage ^= 1) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();  // this step's K and V have landed; nobody reads the other stage any more
+        Step next = walk.next();
+        if (next.key_begin >= 0) load_step(next, stage ^ 1);
+        ptx::cp_async_commit();
+
+        float scores[Traits::kMTiles][Traits::kNTiles][4];
+        device::score_tile<T, Traits::kDim>(scores, ptx::smem_address(smem.q), warp_row,
+                                            ptx::smem_address(smem.k[stage]));
+        if (step.partial) {
+            mask_scores<Traits>(scores, ranges, step, tile, first_row + warp_row, problem.scale,
+                                thresholds);
+        }
+        if (problem.scale < 0.0f) device::negate(scores);
+
+        float rescale[Traits::kMTiles][2];
+        if (softmax.step(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
+        accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
+        step = next;
+    }
+
+    softmax.reduce_sums();
+    store_rows<Traits>(smem, params, tile, first_row, warp_row, out, softmax);
+    if (walk.errors() && threadIdx.x == 0) atomicOr(error_word, walk.errors());
+}
+
+}  // namespace condensate::kernels::sm80
