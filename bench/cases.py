@@ -1,0 +1,123 @@
+"""What is measured: shapes, budgets, and the work that any implementation of them must do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_KEYS = 64
+UNIT_KEYS = 4  # keys per summary unit of selector="block"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Causal prefill of `n` tokens, batch 1, with selector="block"."""
+
+    n: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    window: int = 256
+    anchors: int = 64
+    topk: int = 1728
+    given_lists: bool = False  # random lists for the list-given stages, none selected
+    flex: bool = True  # FlexAttention compiles anew for every shape, so not everywhere
+
+    @property
+    def name(self) -> str:
+        length = f"{self.n // 1024}K"
+        shape = f"h{self.heads}kv{self.kv_heads}d{self.head_dim}"
+        return f"prefill_{length}_{shape}_{self.budget}keys"
+
+    @property
+    def budget(self) -> int:
+        """Keys per query of a row that is far from the start."""
+        return self.window + self.anchors + self.topk
+
+    @property
+    def max_blocks(self) -> int:
+        return self.topk // BLOCK_KEYS
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def tile_positions(self) -> int:
+        """Consecutive positions that share a list (docs/architecture.md, Tiles)."""
+        positions = 64
+        while positions > 1 and positions * self.group > 128:
+            positions //= 2
+        return positions
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def element_bytes(self) -> int:
+        return self.torch_dtype.itemsize
+
+    @property
+    def query_bytes(self) -> int:
+        return self.n * self.heads * self.head_dim * self.element_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V together."""
+        return 2 * self.n * self.kv_heads * self.head_dim * self.element_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a stage must compute and move: every input read once, every output written."""
+
+    flops: float
+    num_bytes: float
+
+
+def attention_work(case: Case, keys_per_query: float) -> Work:
+    """Both matrix products over the attended keys; Q, K, V in and the output out."""
+    flops = 4.0 * case.n * keys_per_query * case.heads * case.head_dim
+    return Work(flops, 2 * case.query_bytes + case.kv_bytes)
+
+
+def dense_work(case: Case) -> Work:
+    return attention_work(case, (case.n + 1) / 2)
+
+
+def summary_work(case: Case) -> Work:
+    key_bytes = case.kv_bytes / 2
+    return Work(case.n * case.kv_heads * case.head_dim, key_bytes * (1 + 1 / UNIT_KEYS))
+
+
+def selection_work(case: Case) -> Work:
+    """Pooled queries against every visible unit; queries and summaries in, lists out."""
+    pooled = case.n / min(4, case.tile_positions) * case.heads
+    flops = 2.0 * pooled * (case.n / UNIT_KEYS) * case.head_dim / 2  # causal: half of them
+    lists = case.n / case.tile_positions * case.kv_heads * (case.max_blocks + 1) * 4
+    return Work(flops, case.query_bytes + case.kv_bytes / 2 / UNIT_KEYS + lists)
+
+
+# The order is that of importance: what comes last is skipped first when time runs out.
+SEED_ROW = Case(
+    131072, heads=12, kv_heads=12, head_dim=64, dtype="float16",
+    window=32, anchors=1, topk=64, given_lists=True,
+)  # fmt: skip
+CASES = (
+    Case(131072),
+    Case(131072, topk=704),
+    Case(16384),
+    SEED_ROW,
+    Case(32768),
+    Case(65536),
+    Case(4096),
+    Case(16384, topk=704, flex=False),
+    Case(65536, topk=704, flex=False),
+    Case(32768, topk=704, flex=False),
+    Case(4096, topk=704, flex=False),
+)

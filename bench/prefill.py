@@ -1,0 +1,250 @@
+"""Prefill on a GPU: attention() and its stages against dense kernels and FlexAttention.
+
+`python -m bench.prefill` writes bench/results/nvidia-h200/prefill.json; `--quick` measures one
+case, `--dry-run` needs no GPU and prints what would be measured.
+
+total_ms is one attention() call, selection inside; select_ms is block_summaries + select_blocks,
+attend_ms is block_sparse_attention with the list given. TFLOP/s count 4 * n * b * heads * head_dim
+for the exact mean b of keys per query, nothing for selection. percent_of_floor is the attention's
+floor (that arithmetic at this run's matmul rate, or Q, K, V and output at this run's copy rate)
+over total_ms. `peer` is the faster of torch's dense kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from bench import peers, report
+from bench.cases import CASES, Case, Work, attention_work, dense_work, selection_work, summary_work
+from bench.inputs import Inputs, given_lists, make_input_sets, mean_keys_per_query
+from bench.report import Record
+from bench.timing import Ceilings, Timed, extra_memory_bytes, interleaved_medians, measure_ceilings
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+FLEX = "flex_same_lists"
+MAX_DIFFERENCE = 0.05  # of two 16-bit results of size 4 at most: the same mask, not the last bit
+QUALITY = "bench/results/nvidia-h200/fidelity.json"  # quality of these settings on a trained model
+
+
+class CaseRun:
+    """One case on the GPU: its inputs, lists, and everything that is timed on them."""
+
+    def __init__(self, case: Case, ops: ModuleType) -> None:
+        self.case = case
+        self.ops = ops
+        self.ranges = {"window": case.window, "anchors": case.anchors}
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        self.sets = make_input_sets(case, l2_bytes)
+        self.summaries = [ops.block_summaries(s.key) for s in self.sets]
+        if case.given_lists:
+            self.lists = [given_lists(case, seed) for seed in range(len(self.sets))]
+        else:
+            self.lists = [self.select(s, x) for s, x in zip(self.sets, self.summaries, strict=True)]
+
+    def select(self, inputs: Inputs, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        indices, counts = self.ops.select_blocks(
+            inputs.query, summaries, kv_len=self.case.n, topk=self.case.topk, **self.ranges
+        )
+        return indices, counts
+
+    def attend(self, i: int) -> torch.Tensor:
+        inputs, (indices, counts) = self.sets[i], self.lists[i]
+        out = self.ops.block_sparse_attention(
+            inputs.query, inputs.key, inputs.value, indices, counts, **self.ranges
+        )[0]
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def total(self, i: int) -> torch.Tensor:
+        inputs = self.sets[i]
+        out = self.ops.attention(
+            inputs.query, inputs.key, inputs.value, topk=self.case.topk, **self.ranges
+        )
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def rotating(self, function: Callable[[int], object]) -> Timed:
+        return lambda round_number: function(round_number % len(self.sets))
+
+    def stages(self) -> dict[str, Timed]:
+        return {
+            "block_summaries": self.rotating(lambda i: self.ops.block_summaries(self.sets[i].key)),
+            "select_blocks": self.rotating(lambda i: self.select(self.sets[i], self.summaries[i])),
+            "block_sparse_attention": self.rotating(self.attend),
+            "attention": self.rotating(self.total),
+        }
+
+    def flex(self) -> Timed:
+        """FlexAttention on the same lists; raises when it does not compute the same."""
+        case = self.case
+        queries = [peers.pack_tiles(case, s.query) for s in self.sets]
+        masks = [peers.flex_mask(case, *lists) for lists in self.lists]
+
+        def run(i: int) -> torch.Tensor:
+            return peers.flex(case, queries[i], self.sets[i], masks[i])
+
+        theirs = peers.unpack_tiles(case, run(0))
+        difference = (theirs - self.attend(0)).abs_().max().item()
+        if not difference <= MAX_DIFFERENCE:
+            raise RuntimeError(f"its output differs from ours by {difference:.3g}")
+        return self.rotating(run)
+
+    def dense(self, backend: SDPBackend) -> Timed:
+        peers.dense(self.sets[0], backend)  # raises when this backend cannot take the shape
+        return self.rotating(lambda i: peers.dense(self.sets[i], backend))
+
+    def peers(self, with_flex: bool) -> tuple[dict[str, Timed], list[str]]:
+        """The peers that run on this case, and why the others do not."""
+        makers: dict[str, Callable[[], Timed]] = {
+            name: functools.partial(self.dense, backend)
+            for name, backend in peers.DENSE_BACKENDS.items()
+        }
+        if with_flex and self.case.flex:
+            makers[FLEX] = self.flex
+        timed, failures = {}, []
+        for name, make in makers.items():
+            try:
+                timed[name] = make()
+            except (RuntimeError, ValueError) as error:
+                failures.append(f"{self.case.name}/{name}: {str(error).splitlines()[0]}")
+        return timed, failures
+
+
+def stage_works(case: Case, keys_per_query: float) -> dict[str, Work]:
+    attend = attention_work(case, keys_per_query)
+    works = {name: dense_work(case) for name in peers.DENSE_BACKENDS}
+    works |= {"block_summaries": summary_work(case), "select_blocks": selection_work(case)}
+    works |= dict.fromkeys(("block_sparse_attention", "attention", FLEX), attend)
+    return works
+
+
+def stage_record(name: str, ms: float, work: Work, ceilings: Ceilings) -> Record:
+    return {
+        "stage": name,
+        "ms": round(ms, 4),
+        "tflops": round(work.flops / ms / 1e9, 2),
+        "gb_s": round(work.num_bytes / ms / 1e6, 1),
+        "percent_of_floor": round(100 * ceilings.floor_ms(work) / ms, 1),
+    }
+
+
+def measure(case: Case, ops: ModuleType, ceilings: Ceilings, with_flex: bool) -> Record:
+    """Everything about one case, in one interleaved run."""
+    run = CaseRun(case, ops)
+    timed_peers, failures = run.peers(with_flex)
+    medians = interleaved_medians(run.stages() | timed_peers, 2000.0)
+    keys_per_query = mean_keys_per_query(case, *run.lists[0])
+    works = stage_works(case, keys_per_query)
+    stages = [stage_record(name, t, works[name], ceilings) for name, t in medians.items()]
+    dense_ms = {name: medians[name] for name in peers.DENSE_BACKENDS if name in medians}
+    peer = min(dense_ms, key=lambda name: dense_ms[name])
+    total, attend = medians["attention"], medians["block_sparse_attention"]
+    return {
+        "case": case.name,
+        "n": case.n,
+        "heads": case.heads,
+        "kv_heads": case.kv_heads,
+        "head_dim": case.head_dim,
+        "dtype": case.dtype,
+        "budget": case.budget,
+        "keys_per_query": round(keys_per_query, 1),
+        "selection_included": True,
+        "total_ms": round(total, 4),
+        "select_ms": round(medians["block_summaries"] + medians["select_blocks"], 4),
+        "attend_ms": round(attend, 4),
+        "peer": peer,
+        "peer_ms": round(dense_ms[peer], 4),
+        "speedup": round(dense_ms[peer] / total, 2),
+        "attend_speedup": round(dense_ms[peer] / attend, 2),
+        "tflops": round(works["attention"].flops / total / 1e9, 1),
+        "percent_of_floor": round(100 * ceilings.floor_ms(works["attention"]) / total, 1),
+        "memory_percent": round(100 * extra_memory_bytes(lambda: run.total(0)) / case.kv_bytes, 2),
+        "quality_reference": QUALITY,
+        "peers": {name: round(medians[name], 4) for name in timed_peers},
+        "peers_failed": failures,
+        "stages": stages,
+    }
+
+
+def measure_all(cases: tuple[Case, ...], seconds: float, with_flex: bool) -> Record:
+    """As many cases as the time allows, the most important first."""
+    import condensate_ext
+
+    started = time.monotonic()
+    torch.set_grad_enabled(False)
+    ceilings = measure_ceilings()
+    records: list[Record] = []
+    skipped: list[str] = []
+    longest = 0.0
+    for case in cases:
+        begun = time.monotonic()
+        # A case takes no longer than the slowest so far (the first compiles and is the largest).
+        if begun - started + longest > seconds:
+            skipped.append(case.name)
+            continue
+        records.append(measure(case, condensate_ext, ceilings, with_flex))
+        torch.cuda.empty_cache()
+        longest = max(longest, time.monotonic() - begun)
+        print(f"{case.name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+    return {
+        "environment": report.environment(),
+        "ceilings": {
+            "copy_tb_s": round(ceilings.copy_tb_s, 3),
+            "matmul_tflop_s": round(ceilings.matmul_tflop_s, 1),
+        },
+        "skipped": skipped,
+        "records": records,
+    }
+
+
+def dry_run(cases: tuple[Case, ...]) -> None:
+    """The cases and the arithmetic that each must do, without a GPU."""
+    for case in cases:
+        attend, select = attention_work(case, case.budget), selection_work(case)
+        print(
+            f"{case.name:36} window {case.window:4} anchors {case.anchors:3} topk {case.topk:5}  "
+            f"attend {attend.flops / 1e12:7.3f} TFLOP  select {select.flops / 1e12:7.3f} TFLOP  "
+            f"dense {dense_work(case).flops / 1e12:8.2f} TFLOP"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="the first case alone")
+    parser.add_argument(
+        "--no-flex", action="store_true", help="leave FlexAttention out (it compiles)"
+    )
+    parser.add_argument(
+        "--budget-seconds", type=float, default=150.0, help="skip cases beyond this"
+    )
+    parser.add_argument("--output", type=Path, default=report.RESULTS)
+    parser.add_argument("--dry-run", action="store_true", help="print the cases and stop")
+    options = parser.parse_args()
+    cases = CASES[:1] if options.quick else CASES
+    if options.dry_run:
+        dry_run(cases)
+        return 0
+    if not torch.cuda.is_available():
+        print("bench.prefill needs a CUDA device; --dry-run does not", file=sys.stderr)
+        return 1
+    document = measure_all(cases, options.budget_seconds, not options.no_flex)
+    report.save(document, options.output)
+    report.show(document)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
