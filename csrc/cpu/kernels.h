@@ -1,0 +1,16 @@
+// The CPU kernels: threaded over tiles, vectorised, float32 accumulation. Parameters arrive
+// validated. A result never depends on the number of threads.
+#pragma once
+
+#include "condensate/params.h"
+
+namespace condensate::cpu {
+
+Status block_summaries(const BlockSummaryParams& params, const Executor& executor);
+Status select_blocks(const BlockSelectParams& params, const Executor& executor);
+Status select_tokens(const TokenSelectParams& params, const Executor& executor);
+Status attention(const AttentionParams& params, const Executor& executor, uint32_t* errors);
+Status omitted_mass(const OmittedMassParams& params, const Executor& executor, uint32_t* errors);
+Status merge_states(const MergeStatesParams& params, const Executor& executor);
+
+}  // namespace condensate::cpu

@@ -1,0 +1,43 @@
+#include "host/error_word.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "host/status.h"
+
+namespace condensate {
+namespace {
+std::atomic<uint32_t> g_cpu_word{0};
+}
+
+void set_cpu_error(uint32_t bits) {
+    if (bits != 0) g_cpu_word.fetch_or(bits, std::memory_order_relaxed);
+}
+
+uint32_t read_cpu_error(bool clear) {
+    return clear ? g_cpu_word.exchange(0, std::memory_order_relaxed)
+                 : g_cpu_word.load(std::memory_order_relaxed);
+}
+
+bool is_strict() {
+    const char* value = std::getenv("CONDENSATE_STRICT");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+Status status_of_error_word(const char* op, uint32_t word) {
+    if (word == 0) return {};
+    return make_status(
+        StatusCode::kInvalidArgument,
+        "%s: invalid tensor contents (error word 0x%x):%s%s%s the entries were skipped; fix them, "
+        "or unset CONDENSATE_STRICT to keep skipping.",
+        op, word,
+        word & kErrorBlockIndex
+            ? " block_indices has an entry that is negative, past the last block or not ascending;"
+            : "",
+        word & kErrorBlockCount ? " block_counts has a value outside 0..block_indices.size(-1);"
+                                : "",
+        word & kErrorRowIndex ? " rows has an entry outside 0..query_len-1;" : "");
+}
+
+}  // namespace condensate

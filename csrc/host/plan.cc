@@ -1,0 +1,185 @@
+#include "host/plan.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "host/status.h"
+
+namespace condensate {
+namespace {
+
+constexpr Path kPaths[] = {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt};
+
+bool runs_on_cuda(Path path) { return path == Path::kSm80 || path == Path::kSimt; }
+
+// One kernel serves these stages on CUDA whatever the dtype, so sm80 and simt mean the same.
+bool has_one_cuda_kernel(Stage stage) {
+    return stage == Stage::kBlockSummaries || stage == Stage::kMergeStates;
+}
+
+// Null when the sm80 path can run the call, otherwise why not.
+const char* sm80_obstacle(const PlanRequest& request, const DeviceFacts& facts) {
+    if (facts.sm_major < 8) return "compute capability below 8.0";
+    if (request.problem.dtype == DType::kFloat32) return "float32 has no mma path";
+    if (!request.aligned) return "a pointer or stride is not a multiple of 16 bytes";
+    return nullptr;
+}
+
+Status choose_path(const PlanRequest& request, const DeviceFacts& facts, const Policy& policy,
+                   Plan* plan) {
+    const char* obstacle = facts.cuda ? sm80_obstacle(request, facts) : nullptr;
+    if (has_one_cuda_kernel(request.stage)) obstacle = nullptr;
+    if (!policy.forced) {
+        plan->path = !facts.cuda ? Path::kCpu : obstacle != nullptr ? Path::kSimt : Path::kSm80;
+        if (facts.cuda && has_one_cuda_kernel(request.stage)) plan->path = Path::kSimt;
+        const char* why = !facts.cuda                          ? "tensors are on the CPU"
+                          : has_one_cuda_kernel(request.stage) ? "the stage's one CUDA kernel"
+                          : obstacle != nullptr ? obstacle
+                                                : "half precision, aligned, sm >= 8.0";
+        std::snprintf(plan->reason, sizeof(plan->reason), "%s", why);
+        return {};
+    }
+    if (runs_on_cuda(policy.path) != facts.cuda)
+        obstacle = facts.cuda ? "the tensors are on a CUDA device" : "the tensors are on the CPU";
+    else if (policy.path != Path::kSm80)
+        obstacle = nullptr;
+    if (obstacle != nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: CONDENSATE_FORCE_PATH is %s, which cannot run this call: %s; unset "
+                           "it, or force %s.",
+                           stage_name(request.stage), path_name(policy.path), obstacle,
+                           facts.cuda ? "simt" : "cpu or cpu_reference");
+    plan->path = policy.path;
+    std::snprintf(plan->reason, sizeof(plan->reason), "forced by CONDENSATE_FORCE_PATH");
+    return {};
+}
+
+void describe_work(const PlanRequest& request, Plan* plan) {
+    const Problem& p = request.problem;
+    int group = p.group();
+    plan->tile_positions = tile_positions(group);
+    plan->tiles = p.batch * p.kv_heads * num_tiles(p.query_len, group);
+    bool selects = request.stage == Stage::kAttention || request.stage == Stage::kSelectBlocks ||
+                   request.stage == Stage::kSelectTokens;
+    if (!selects) return;
+
+    bool exact = request.selector == Selector::kExact;
+    int64_t selected_keys = 0;
+    if (request.given_lists) {
+        plan->selection = Selection::kGiven;
+        plan->list_width = request.max_blocks;
+        selected_keys = request.max_blocks * kBlockKeys;
+    } else if (request.given_tokens) {
+        plan->selection = Selection::kTokens;
+        selected_keys = p.kv_len;  // the thresholds say how many
+    } else if (request.stage == Stage::kAttention &&
+               budget_covers(p.ranges(), request.topk, request.selector)) {
+        plan->selection = Selection::kCovered;
+        selected_keys = p.kv_len;
+    } else if (request.topk > 0) {
+        plan->selection = exact ? Selection::kTokens : Selection::kBlocks;
+        plan->list_width = exact ? 0 : request.topk / kBlockKeys;
+        plan->summary_units = exact ? 0 : summary_units(request.selector, p.kv_len);
+        selected_keys = request.topk;
+    }
+    int64_t window_keys = p.causal ? p.window : max_i64(2 * p.window - 1, 0);
+    plan->keys_per_query = min_i64(p.kv_len, p.anchors + window_keys + selected_keys);
+}
+
+}  // namespace
+
+const char* path_name(Path path) {
+    switch (path) {
+        case Path::kCpuReference:
+            return "cpu_reference";
+        case Path::kCpu:
+            return "cpu";
+        case Path::kSm80:
+            return "sm80";
+        case Path::kSimt:
+            return "simt";
+    }
+    return "unknown";
+}
+
+const char* stage_name(Stage stage) {
+    switch (stage) {
+        case Stage::kBlockSummaries:
+            return "block_summaries";
+        case Stage::kSelectBlocks:
+            return "select_blocks";
+        case Stage::kSelectTokens:
+            return "select_tokens";
+        case Stage::kAttention:
+            return "attention";
+        case Stage::kOmittedMass:
+            return "omitted_mass";
+        case Stage::kMergeStates:
+            return "merge_states";
+    }
+    return "unknown";
+}
+
+const char* selection_name(Selection selection) {
+    switch (selection) {
+        case Selection::kCovered:
+            return "covered";
+        case Selection::kTokens:
+            return "tokens";
+        case Selection::kBlocks:
+            return "blocks";
+        case Selection::kGiven:
+            return "given";
+        case Selection::kNone:
+            return "none";
+    }
+    return "unknown";
+}
+
+Status policy_from_environment(Policy* policy) {
+    *policy = {};
+    const char* value = std::getenv("CONDENSATE_FORCE_PATH");
+    if (value == nullptr || value[0] == '\0') return {};
+    for (Path path : kPaths) {
+        if (std::strcmp(value, path_name(path)) != 0) continue;
+        *policy = {true, path};
+        return {};
+    }
+    return make_status(StatusCode::kInvalidArgument,
+                       "CONDENSATE_FORCE_PATH is \"%.64s\", expected cpu_reference, cpu, sm80 or "
+                       "simt; unset it to let the plan choose.",
+                       value);
+}
+
+Status make_plan(const PlanRequest& request, const DeviceFacts& facts, const Policy& policy,
+                 Plan* plan) {
+    *plan = {};
+    plan->stage = request.stage;
+    Status status = choose_path(request, facts, policy, plan);
+    if (status.ok()) describe_work(request, plan);
+    return status;
+}
+
+std::string to_string(const Plan& plan) {
+    char line[512];
+    std::snprintf(
+        line, sizeof(line),
+        "%s: path=%s (%s) selection=%s tiles=%lld x %lld positions list_width=%lld "
+        "summary_units=%lld keys_per_query<=%lld workspace=%lld bytes",
+        stage_name(plan.stage), path_name(plan.path), plan.reason, selection_name(plan.selection),
+        static_cast<long long>(plan.tiles), static_cast<long long>(plan.tile_positions),
+        static_cast<long long>(plan.list_width), static_cast<long long>(plan.summary_units),
+        static_cast<long long>(plan.keys_per_query), static_cast<long long>(plan.workspace_bytes));
+    return line;
+}
+
+bool is_aligned16(const void* data) { return reinterpret_cast<std::uintptr_t>(data) % 16 == 0; }
+
+bool is_aligned16(const ConstTensor4& tensor, DType dtype) {
+    int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+    return is_aligned16(tensor.data) && tensor.stride_batch * bytes % 16 == 0 &&
+           tensor.stride_head * bytes % 16 == 0 && tensor.stride_seq * bytes % 16 == 0;
+}
+
+}  // namespace condensate

@@ -1,0 +1,289 @@
+#include "host/validate.h"
+
+#include <cmath>
+
+#include "host/status.h"
+
+namespace condensate {
+namespace {
+
+constexpr int64_t kMaxLength = int64_t{1} << 31;  // lengths, windows and indices fit int32
+
+using LL = long long;
+
+Status invalid_size(const char* op, const char* name, int64_t value) {
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: %s is %lld, expected 0 <= %s < 2^31; split the call.", op, name,
+                       static_cast<LL>(value), name);
+}
+
+bool is_length(int64_t value) { return value >= 0 && value < kMaxLength; }
+
+Status check_dtype(const char* op, DType dtype) {
+    if (dtype == DType::kFloat16 || dtype == DType::kBFloat16 || dtype == DType::kFloat32)
+        return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: dtype code is %d, expected float16 (0), bfloat16 (1) or float32 (2); "
+                       "convert the tensors first.",
+                       op, static_cast<int>(dtype));
+}
+
+Status check_head_dim(const char* op, int64_t head_dim) {
+    if (head_dim >= 8 && head_dim <= kMaxHeadDim && head_dim % 8 == 0) return {};
+    if (head_dim > kMaxHeadDim || head_dim < 1)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: head_dim is %lld, expected a multiple of 8 from 8 to %d; use "
+                           "heads of at most %d elements.",
+                           op, static_cast<LL>(head_dim), kMaxHeadDim, kMaxHeadDim);
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: head_dim is %lld, expected a multiple of 8 from 8 to %d; pad the last "
+                       "dimension with zeros to %lld and keep the scale of the unpadded size.",
+                       op, static_cast<LL>(head_dim), kMaxHeadDim,
+                       static_cast<LL>(ceil_div(head_dim, 8) * 8));
+}
+
+Status check_heads(const char* op, int64_t query_heads, int64_t kv_heads) {
+    if (kv_heads < 1 || query_heads < 1 || query_heads % kv_heads != 0)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: query has %lld heads and key has %lld, expected at least one of "
+                           "each and a query head count that is a multiple of the key's; check "
+                           "that the tensors are [batch, heads, seq, head_dim].",
+                           op, static_cast<LL>(query_heads), static_cast<LL>(kv_heads));
+    if (query_heads / kv_heads > kMaxGroup)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: %lld query heads share one key head, expected at most %d; split "
+                           "the query heads over several calls.",
+                           op, static_cast<LL>(query_heads / kv_heads), kMaxGroup);
+    return {};
+}
+
+struct NamedSize {
+    const char* name;
+    int64_t value;
+};
+
+Status check_problem(const char* op, const Problem& p) {
+    Status status = check_dtype(op, p.dtype);
+    if (!status.ok()) return status;
+    if (!is_length(p.batch)) return invalid_size(op, "batch", p.batch);
+    if (!is_length(p.query_len)) return invalid_size(op, "query_len", p.query_len);
+    if (!is_length(p.kv_len)) return invalid_size(op, "kv_len", p.kv_len);
+    status = check_heads(op, p.query_heads, p.kv_heads);
+    if (!status.ok()) return status;
+    status = check_head_dim(op, p.head_dim);
+    if (!status.ok()) return status;
+    const NamedSize ranges[] = {{"window", p.window}, {"anchors", p.anchors}};
+    for (const auto& [name, value] : ranges)
+        if (!is_length(value))
+            return make_status(StatusCode::kInvalidArgument,
+                               "%s: %s is %lld, expected 0 <= %s < 2^31; pass 0 for none.", op,
+                               name, static_cast<LL>(value), name);
+    if (!std::isfinite(p.scale))
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: scale is %g, expected a finite number; pass None for "
+                           "1/sqrt(head_dim).",
+                           op, static_cast<double>(p.scale));
+    return {};
+}
+
+Status check_block_selector(const char* op, Selector selector) {
+    if (selector == Selector::kBlock || selector == Selector::kQuest || selector == Selector::kMean)
+        return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: selector is %s, expected \"block\", \"quest\" or \"mean\"; \"exact\" "
+                       "selects single keys: use select_tokens.",
+                       op, selector == Selector::kExact ? "\"exact\"" : "unknown");
+}
+
+// `elements` is how many values the pointer stands for; an empty tensor may be null.
+Status check_pointer(const char* op, const char* name, const void* data, int64_t elements) {
+    if (data != nullptr || elements == 0) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: %s is null, expected a pointer to %lld elements; allocate it.", op,
+                       name, static_cast<LL>(elements));
+}
+
+// Both or neither of two pointers that belong together.
+Status check_pair(const char* op, const char* first, const void* a, const char* second,
+                  const void* b) {
+    if ((a == nullptr) == (b == nullptr)) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: only one of %s and %s is given, expected both or neither; pass both "
+                       "results of the selection.",
+                       op, first, second);
+}
+
+Status check_width(const char* op, int64_t max_blocks) {
+    if (is_length(max_blocks)) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: max_blocks is %lld, expected 0 <= max_blocks < 2^31; pass topk / %d.",
+                       op, static_cast<LL>(max_blocks), kBlockKeys);
+}
+
+struct Counts {
+    explicit Counts(const Problem& p)
+        : rows(p.batch * p.query_heads * p.query_len),
+          query(rows * p.head_dim),
+          key(p.batch * p.kv_heads * p.kv_len * p.head_dim),
+          tiles(p.batch * p.kv_heads * num_tiles(p.query_len, p.group())) {}
+    int64_t rows, query, key, tiles;
+};
+
+struct NamedPointer {
+    const char* name;
+    const void* data;
+    int64_t elements;
+};
+
+template <int kCount>
+Status check_pointers(const char* op, const NamedPointer (&pointers)[kCount]) {
+    for (const NamedPointer& p : pointers) {
+        Status status = check_pointer(op, p.name, p.data, p.elements);
+        if (!status.ok()) return status;
+    }
+    return {};
+}
+
+}  // namespace
+
+Status validate_budget(int64_t topk, Selector selector) {
+    if (!is_length(topk))
+        return make_status(StatusCode::kInvalidArgument,
+                           "topk is %lld, expected 0 <= topk < 2^31; pass 0 to select nothing.",
+                           static_cast<LL>(topk));
+    if (selector == Selector::kExact || topk % kBlockKeys == 0) return {};
+    int64_t lower = topk / kBlockKeys * kBlockKeys;
+    return make_status(StatusCode::kInvalidArgument,
+                       "topk is %lld, expected a multiple of %d for the block selectors; pass %lld "
+                       "or %lld, or selector=\"exact\", which takes any number of keys.",
+                       static_cast<LL>(topk), kBlockKeys, static_cast<LL>(lower),
+                       static_cast<LL>(lower + kBlockKeys));
+}
+
+Status validate(const BlockSummaryParams& p) {
+    const char* op = "block_summaries";
+    Status status = check_dtype(op, p.dtype);
+    if (!status.ok()) return status;
+    if (!is_length(p.batch)) return invalid_size(op, "batch", p.batch);
+    if (!is_length(p.kv_heads)) return invalid_size(op, "kv_heads", p.kv_heads);
+    if (!is_length(p.kv_len)) return invalid_size(op, "kv_len", p.kv_len);
+    status = check_head_dim(op, p.head_dim);
+    if (!status.ok()) return status;
+    status = check_block_selector(op, p.selector);
+    if (!status.ok()) return status;
+    int head_dim = static_cast<int>(p.head_dim);
+    int64_t heads = p.batch * p.kv_heads;
+    int64_t units = heads * summary_units(p.selector, p.kv_len);
+    return check_pointers(op,
+                          {{"key", p.key.data, heads * p.kv_len * p.head_dim},
+                           {"summaries", p.summaries, units * summary_dim(p.selector, head_dim)}});
+}
+
+Status validate(const BlockSelectParams& p) {
+    const char* op = "select_blocks";
+    Status status = check_problem(op, p.problem);
+    if (!status.ok()) return status;
+    if (!(p.problem.scale > 0))
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: scale is %g, expected scale > 0 because blocks are ranked by "
+                           "exp(scale * score); negate the query instead.",
+                           op, static_cast<double>(p.problem.scale));
+    status = check_block_selector(op, p.selector);
+    if (!status.ok()) return status;
+    status = check_width(op, p.max_blocks);
+    if (!status.ok()) return status;
+    Counts n(p.problem);
+    int64_t units =
+        p.problem.batch * p.problem.kv_heads * summary_units(p.selector, p.problem.kv_len);
+    int dim = summary_dim(p.selector, static_cast<int>(p.problem.head_dim));
+    return check_pointers(op, {{"query", p.query.data, n.query},
+                               {"summaries", p.summaries, n.rows == 0 ? 0 : units * dim},
+                               {"block_indices", p.block_indices, n.tiles * p.max_blocks},
+                               {"block_counts", p.block_counts, n.tiles}});
+}
+
+Status validate(const TokenSelectParams& p) {
+    const char* op = "select_tokens";
+    Status status = check_problem(op, p.problem);
+    if (!status.ok()) return status;
+    if (!is_length(p.topk))
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: topk is %lld, expected 0 <= topk < 2^31; pass 0 to select nothing.",
+                           op, static_cast<LL>(p.topk));
+    Counts n(p.problem);
+    return check_pointers(op, {{"query", p.query.data, n.query},
+                               {"key", p.key.data, n.rows == 0 ? 0 : n.key},
+                               {"threshold", p.threshold, n.rows},
+                               {"tie_index", p.tie_index, n.rows}});
+}
+
+Status validate(const AttentionParams& p) {
+    const char* op = "attention";
+    Status status = check_problem(op, p.problem);
+    if (!status.ok()) return status;
+    status = check_width(op, p.max_blocks);
+    if (!status.ok()) return status;
+    Counts n(p.problem);
+    int64_t entries = n.tiles * p.max_blocks;
+    bool given = p.max_blocks > 0;
+    // A list of width 0 has no entries, hence a null index pointer, yet may come with its counts.
+    if (given) {
+        status = check_pair(op, "block_indices", entries ? p.block_indices : nullptr,
+                            "block_counts", entries ? p.block_counts : nullptr);
+        if (!status.ok()) return status;
+    }
+    status = check_pair(op, "threshold", p.threshold, "tie_index", p.tie_index);
+    if (!status.ok()) return status;
+    if (given && p.block_indices != nullptr && p.threshold != nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: both block_indices and threshold are given, expected at most one "
+                           "selection; drop one of them.",
+                           op);
+    int64_t keys = n.rows == 0 ? 0 : n.key;
+    return check_pointers(op,
+                          {{"query", p.query.data, n.query},
+                           {"key", p.key.data, keys},
+                           {"value", p.value.data, keys},
+                           {"block_indices", p.block_indices, p.threshold != nullptr ? 0 : entries},
+                           {"out", p.out, n.query}});
+}
+
+Status validate(const OmittedMassParams& p) {
+    const char* op = "omitted_mass";
+    Status status = check_problem(op, p.problem);
+    if (!status.ok()) return status;
+    if (!is_length(p.num_rows)) return invalid_size(op, "num_rows", p.num_rows);
+    if (p.rows == nullptr && p.num_rows != 0 && p.num_rows != p.problem.query_len)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: num_rows is %lld without rows, expected query_len (%lld); pass the "
+                           "query indices to audit as rows.",
+                           op, static_cast<LL>(p.num_rows), static_cast<LL>(p.problem.query_len));
+    Counts n(p.problem);
+    int64_t audited = p.problem.batch * p.problem.query_heads * p.num_rows;
+    bool empty = audited == 0;
+    return check_pointers(op, {{"query", p.query.data, empty ? 0 : n.query},
+                               {"key", p.key.data, empty ? 0 : n.key},
+                               {"lse", p.lse, empty ? 0 : n.rows},
+                               {"omitted", p.omitted, audited}});
+}
+
+Status validate(const MergeStatesParams& p) {
+    const char* op = "merge_states";
+    Status status = check_dtype(op, p.dtype);
+    if (!status.ok()) return status;
+    if (p.rows < 0)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: rows is %lld, expected rows >= 0; pass batch * heads * query_len.",
+                           op, static_cast<LL>(p.rows));
+    status = check_head_dim(op, p.head_dim);
+    if (!status.ok()) return status;
+    int64_t elements = p.rows * p.head_dim;
+    return check_pointers(op, {{"out_a", p.out_a, elements},
+                               {"lse_a", p.lse_a, p.rows},
+                               {"out_b", p.out_b, elements},
+                               {"lse_b", p.lse_b, p.rows},
+                               {"out", p.out, elements},
+                               {"lse", p.lse, p.rows}});
+}
+
+}  // namespace condensate

@@ -1,0 +1,124 @@
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "reference/access.h"
+#include "reference/reference.h"
+
+namespace condensate::reference {
+namespace {
+
+template <class Acc>
+constexpr Acc kMinusInfinity = -std::numeric_limits<Acc>::infinity();
+
+// Softmax over the scores of one row's support, then the weighted values.
+template <class Acc>
+struct RowState {
+    explicit RowState(int64_t dim) : sum_values(static_cast<size_t>(dim)) {}
+
+    void run(const AttentionParams& params, int64_t b, int64_t h, const std::vector<int64_t>& keys,
+             const std::vector<Acc>& scores) {
+        for (Acc score : scores)
+            if (score > max || score != score) max = score;
+        for (size_t n = 0; n < keys.size(); ++n) {
+            Acc weight = std::exp(scores[n] - max);
+            Row value = row_of(params.value, params.problem.dtype, b, h, keys[n]);
+            sum += weight;
+            for (size_t d = 0; d < sum_values.size(); ++d)
+                sum_values[d] += weight * static_cast<Acc>(value[static_cast<int64_t>(d)]);
+        }
+    }
+
+    Acc max = kMinusInfinity<Acc>;
+    Acc sum = 0;
+    std::vector<Acc> sum_values;
+};
+
+bool is_selected(const AttentionParams& params, int64_t row, int64_t key, float score) {
+    if (params.threshold == nullptr) return false;
+    return score > params.threshold[row] ||
+           (score == params.threshold[row] && key <= params.tie_index[row]);
+}
+
+template <class Acc>
+void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
+                const std::vector<char>& listed) {
+    const Problem& p = params.problem;
+    const Ranges ranges = p.ranges();
+    const int64_t kv_head = h / p.group();
+    const int64_t row = (b * p.query_heads + h) * p.query_len + i;
+    const int64_t position = query_position(i, p.query_len, p.kv_len);
+    const Row query = row_of(params.query, p.dtype, b, h, i);
+
+    std::vector<int64_t> keys;
+    std::vector<Acc> scores;
+    for (int64_t j = 0; j < p.kv_len; ++j) {
+        if (!is_visible(ranges, position, j)) continue;
+        Row key = row_of(params.key, p.dtype, b, kv_head, j);
+        Acc score = static_cast<Acc>(p.scale) * dot<Acc>(query, key, p.head_dim);
+        // Selection compares float32 scores, as select_tokens does.
+        bool selected = listed[static_cast<size_t>(j / kBlockKeys)] != 0 ||
+                        is_selected(params, row, j, static_cast<float>(score));
+        if (!in_support(ranges, position, j, selected)) continue;
+        keys.push_back(j);
+        scores.push_back(score);
+    }
+
+    RowState<Acc> state(p.head_dim);
+    state.run(params, b, kv_head, keys, scores);
+    const bool empty = state.max == kMinusInfinity<Acc>;  // no key, or none of nonzero weight
+    for (int64_t d = 0; d < p.head_dim; ++d) {
+        Acc out = empty ? 0 : state.sum_values[static_cast<size_t>(d)] / state.sum;
+        store_number(p.dtype, params.out, row * p.head_dim + d, static_cast<float>(out));
+    }
+    if (params.lse != nullptr)
+        params.lse[row] = static_cast<float>(empty ? state.max : state.max + std::log(state.sum));
+}
+
+}  // namespace
+
+std::vector<char> listed_blocks(const int32_t* indices, int32_t count, int64_t max_blocks,
+                                int64_t blocks, uint32_t* errors) {
+    std::vector<char> listed(static_cast<size_t>(blocks), 0);
+    if (count < 0 || count > max_blocks) {
+        *errors |= kErrorBlockCount;
+        count = count < 0 ? 0 : static_cast<int32_t>(max_blocks);
+    }
+    int64_t previous = -1;
+    for (int32_t n = 0; n < count; ++n) {
+        if (indices[n] <= previous || indices[n] >= blocks) {
+            *errors |= kErrorBlockIndex;
+            continue;
+        }
+        previous = indices[n];
+        listed[static_cast<size_t>(previous)] = 1;
+    }
+    return listed;
+}
+
+template <class Acc>
+void attention(const AttentionParams& params, uint32_t* errors) {
+    const Problem& p = params.problem;
+    const int group = p.group();
+    const int64_t positions = tile_positions(group), tiles = num_tiles(p.query_len, group);
+    const bool has_lists = params.max_blocks > 0 && params.block_indices != nullptr;
+    std::vector<char> listed(static_cast<size_t>(num_blocks(p.kv_len)), 0);
+    for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t kv = 0; kv < p.kv_heads; ++kv)
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                int64_t list = (b * p.kv_heads + kv) * tiles + tile;
+                if (has_lists)
+                    listed = listed_blocks(params.block_indices + list * params.max_blocks,
+                                           params.block_counts[list], params.max_blocks,
+                                           num_blocks(p.kv_len), errors);
+                int64_t end = min_i64((tile + 1) * positions, p.query_len);
+                for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
+                    for (int64_t i = tile * positions; i < end; ++i)
+                        attend_row<Acc>(params, b, h, i, listed);
+            }
+}
+
+template void attention<float>(const AttentionParams&, uint32_t*);
+template void attention<double>(const AttentionParams&, uint32_t*);
+
+}  // namespace condensate::reference

@@ -1,0 +1,30 @@
+// The definition as plain loops: scalar, serial, templated on the type that sums are kept in
+// (float or double). Nothing here is fast; everything else is tested against it.
+// Parameters arrive validated. Invalid tensor contents are skipped and reported in *errors.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "condensate/params.h"
+
+namespace condensate::reference {
+
+template <class Acc>
+void block_summaries(const BlockSummaryParams& params);
+template <class Acc>
+void select_blocks(const BlockSelectParams& params);
+template <class Acc>
+void select_tokens(const TokenSelectParams& params);
+template <class Acc>
+void attention(const AttentionParams& params, uint32_t* errors);
+template <class Acc>
+void omitted_mass(const OmittedMassParams& params, uint32_t* errors);
+template <class Acc>
+void merge_states(const MergeStatesParams& params);
+
+// The valid entries of one list as a flag per block; faults are added to *errors.
+std::vector<char> listed_blocks(const int32_t* indices, int32_t count, int64_t max_blocks,
+                                int64_t blocks, uint32_t* errors);
+
+}  // namespace condensate::reference
