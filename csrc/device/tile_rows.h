@@ -16,16 +16,20 @@ struct TileRows {
     int64_t tile_index;  // in [B, Hkv, T]
 
     // `index` counts tiles with KV heads major, and the last (longest) tile of a head first.
-    __device__ TileRows(const Problem& p, int64_t index)
+    __device__ static TileRows from_index(const Problem& p, int64_t index) {
+        int64_t tiles = num_tiles(p.query_len, p.group());
+        return TileRows(p, index / tiles, tiles - 1 - index % tiles);
+    }
+
+    // `head` counts [B, Hkv].
+    __device__ TileRows(const Problem& p, int64_t head, int64_t tile)
         : group(p.group()), query_len(p.query_len), kv_len(p.kv_len) {
         positions = tile_positions(group);
         log2_positions = 31 - __clz(positions);
-        int64_t tiles = num_tiles(p.query_len, group);
-        int64_t head = index / tiles, tile = tiles - 1 - index % tiles;
         batch = static_cast<int>(head / p.kv_heads);
         kv_head = static_cast<int>(head % p.kv_heads);
         first_query = tile * positions;
-        tile_index = head * tiles + tile;
+        tile_index = head * num_tiles(p.query_len, group) + tile;
     }
 
     __device__ int rows() const { return positions * group; }

@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
 
     const Problem& problem = params.problem;
-    const device::TileRows tile(problem, blockIdx.x / parts);
+    const auto tile = device::TileRows::from_index(problem, blockIdx.x / parts);
     const int first_row = static_cast<int>(blockIdx.x % parts) * Traits::kRows;
     const int warp_row = static_cast<int>(threadIdx.x / 32) * Traits::kWarpRows;
     const Ranges ranges = problem.ranges();

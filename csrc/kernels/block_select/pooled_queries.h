@@ -1,0 +1,85 @@
+// Averages a tile's queries over short runs of positions and lays them out as A operands.
+#pragma once
+
+#include "condensate/params.h"
+#include "device/pack.h"
+#include "device/smem_tile.h"
+#include "device/tile_rows.h"
+
+namespace condensate::kernels::block_select {
+
+// Where the pooled rows of a tile come from: row r is pool r % pools of head r / pools.
+struct PooledRows {
+    int pool;   // positions averaged
+    int pools;  // per head; a power of two
+    int rows;
+
+    __device__ explicit PooledRows(const device::TileRows& tile)
+        : pool(query_pool(tile.group)), pools(tile.positions / pool), rows(pools * tile.group) {}
+
+    __device__ int64_t first_query(const device::TileRows& tile, int row) const {
+        return tile.first_query + (row % pools) * pool;
+    }
+    __device__ int head(const device::TileRows& tile, int row) const {
+        return tile.kv_head * tile.group + row / pools;
+    }
+    // Existing queries of the pool; 0 for rows past the tile or the sequence.
+    __device__ int size(const device::TileRows& tile, int row) const {
+        if (row >= rows) return 0;
+        return static_cast<int>(
+            min_i64(max_i64(tile.query_len - first_query(tile, row), 0), pool));
+    }
+    __device__ int64_t last_position(const device::TileRows& tile, int row) const {
+        return query_position(first_query(tile, row) + size(tile, row) - 1, tile.query_len,
+                              tile.kv_len);
+    }
+};
+
+// Units that a pooled query sees; units are in key order, so they are a prefix.
+__device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_position, int unit_keys) {
+    if (!r.causal || last_position >= r.kv_len - 1) {
+        return static_cast<int>(ceil_div(r.kv_len, unit_keys));
+    }
+    return last_position < 0 ? 0 : static_cast<int>((last_position + 1) / unit_keys);
+}
+
+// One warp fills its kRows x kDim tile. Quest's bound is a dot product of [max(q,0) | min(q,0)]
+// with [max | min], so its queries take two halves.
+template <class Traits>
+__device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem, const BlockSelectParams& params,
+                                                    const device::TileRows& tile,
+                                                    const PooledRows& pooled) {
+    using T = typename Traits::T;
+    constexpr int kChunks = Traits::kDim / 8;
+    const bool quest = params.selector == Selector::kQuest;
+    const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
+    const int summary_chunks = quest ? 2 * query_chunks : query_chunks;
+    for (int i = threadIdx.x & 31; i < Traits::kRows * kChunks; i += 32) {
+        int row = i / kChunks, chunk = i % kChunks;
+        int size = chunk < summary_chunks ? pooled.size(tile, row) : 0;
+        float mean[8] = {};
+        if (size > 0) {
+            const T* src = static_cast<const T*>(params.query.data) +
+                           device::head_offset(params.query, tile.batch, pooled.head(tile, row)) +
+                           pooled.first_query(tile, row) * params.query.stride_seq +
+                           (chunk % query_chunks) * 8;
+            for (int q = 0; q < size; ++q) {
+                uint4 packed = *reinterpret_cast<const uint4*>(src + q * params.query.stride_seq);
+                const T* elements = reinterpret_cast<const T*>(&packed);
+#pragma unroll
+                for (int e = 0; e < 8; ++e) mean[e] += static_cast<float>(elements[e]);
+            }
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                mean[e] = static_cast<float>(static_cast<T>(mean[e] / size));
+                if (quest) mean[e] = chunk < query_chunks ? fmaxf(mean[e], 0.0f) : fminf(mean[e], 0.0f);
+            }
+        }
+        uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
+                        device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
+        ptx::store_smem_16(tile_smem + device::tile_offset<Traits::kDim>(row, chunk), packed);
+    }
+    __syncwarp();
+}
+
+}  // namespace condensate::kernels::block_select

@@ -1,0 +1,145 @@
+// Second look: the masses of the few blocks whose bound could put them among the top, with the
+// final normaliser. Each warp works alone, on its own tile, in its own part of the stages.
+#pragma once
+
+#include "kernels/block_select/sweep.h"
+
+namespace condensate::kernels::block_select {
+
+template <class Traits>
+struct SecondLook {
+    using T = typename Traits::T;
+    using Blocks = LaneBlocks<Traits::kUnitsPerBlock, Traits::kBatchUnits / 8>;
+    using Rows = RowNormaliser<Traits::kMTiles>;
+    static constexpr int kBufferElems = Traits::kBatchUnits * Traits::kDim;
+
+    const Sweep<Traits>& sweep;
+    Rows& rows;
+    const T* units_gmem;
+    int summary_dim;
+    bool accumulate_kept;  // add the blocks' weights to rows.kept instead of storing their masses
+
+    // The warp's own part of the stages.
+    __device__ T* buffers() const {
+        return sweep.smem.units[0] + (threadIdx.x / 32) * Traits::kBatchStages * kBufferElems;
+    }
+    __device__ uint32_t buffer_smem(int batch) const {
+        return ptx::smem_address(buffers() + batch % Traits::kBatchStages * kBufferElems);
+    }
+
+    // Block of unit row `row` of a batch, or -1 past the queue's end.
+    __device__ int block_of(const int* queue, int count, int batch, int row) const {
+        int i = batch * Traits::kBatchBlocks + row / Traits::kUnitsPerBlock;
+        return i < count ? queue[i] : -1;
+    }
+
+    __device__ void load(const int* queue, int count, int batch) const {
+        constexpr int kChunks = Traits::kDim / 8;
+        uint32_t tile = buffer_smem(batch);
+        for (int i = threadIdx.x & 31; i < Traits::kBatchUnits * kChunks; i += 32) {
+            int row = i / kChunks, chunk = i % kChunks;
+            int block = block_of(queue, count, batch, row);
+            bool copy = block >= 0 && chunk * 8 < summary_dim;
+            int64_t unit = int64_t{block} * Traits::kUnitsPerBlock + row % Traits::kUnitsPerBlock;
+            ptx::cp_async_16(tile + device::tile_offset<Traits::kDim>(row, chunk),
+                             copy ? units_gmem + unit * summary_dim + chunk * 8 : units_gmem, copy);
+        }
+    }
+
+    __device__ void score(const int* queue, int count, int batch) {
+        constexpr int kNTiles = Traits::kBatchUnits / 8;
+        float s[Traits::kMTiles][kNTiles][4];
+        device::score_tile<T, Traits::kDim>(s, sweep.query_smem(), 0, buffer_smem(batch));
+        mask(s, queue, count, batch);
+        weigh(s, rows, sweep.scale_log2);
+        float largest[Blocks::kCount] = {};
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float total[Blocks::kCount];
+                Blocks::sum(s[m], half, total);
+#pragma unroll
+                for (int v = 0; v < Blocks::kCount; ++v) {
+                    largest[v] = fmaxf(largest[v], total[v] * rows.inverse(m, half));
+                    if (accumulate_kept && Blocks::owner()) rows.kept[m][half] += total[v];
+                }
+            }
+        }
+        if (accumulate_kept) return;
+#pragma unroll
+        for (int v = 0; v < Blocks::kCount; ++v) {
+            uint32_t mass = __float_as_uint(rows_max(largest[v]));
+            int i = batch * Traits::kBatchBlocks + Blocks::index(v);
+            if ((threadIdx.x & 31) < 4 && Blocks::owner() && i < count) {
+                sweep.work.masses[queue[i]] = mass | kExact;
+            }
+        }
+    }
+
+    // Units of a batch lie anywhere, so each element looks up which unit it is.
+    __device__ void mask(float (&s)[Traits::kMTiles][Traits::kBatchUnits / 8][4], const int* queue,
+                         int count, int batch) const {
+#pragma unroll
+        for (int n = 0; n < Traits::kBatchUnits / 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                int row = 8 * n + 2 * (threadIdx.x & 3) + e;
+                int block = block_of(queue, count, batch, row);
+                int unit = block * Traits::kUnitsPerBlock + row % Traits::kUnitsPerBlock;
+#pragma unroll
+                for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        if (block < 0 || unit >= sweep.visible[m][half])
+                            s[m][n][2 * half + e] = -INFINITY;
+                    }
+                }
+            }
+        }
+    }
+
+    // Looks at the `count` blocks in the warp's queue.
+    __device__ void run(const int* queue, int count) {
+        int batches = (count + Traits::kBatchBlocks - 1) / Traits::kBatchBlocks;
+        constexpr int kAhead = Traits::kBatchStages;
+        for (int b = 0; b < kAhead; ++b) {
+            if (b < batches) load(queue, count, b);
+            ptx::cp_async_commit();
+        }
+        for (int b = 0; b < batches; ++b) {
+            ptx::cp_async_wait<kAhead - 1>();
+            __syncwarp();
+            score(queue, count, b);
+            __syncwarp();  // the warp has read this buffer
+            if (b + kAhead < batches) load(queue, count, b + kAhead);
+            ptx::cp_async_commit();
+        }
+        ptx::cp_async_wait<0>();
+        __syncwarp();
+    }
+
+    // Looks at every block of the tile that `wanted(word)` picks out of scratch.
+    template <class Wanted>
+    __device__ int run_where(Wanted wanted) {
+        int* queue = sweep.smem.queue[threadIdx.x / 32];
+        int lane = threadIdx.x & 31, queued = 0, looked = 0;
+        for (int first = 0; first < sweep.work.num_blocks; first += 32) {
+            int block = first + lane;
+            bool take = block < sweep.work.num_blocks && wanted(sweep.work.masses[block]);
+            unsigned takers = __ballot_sync(0xffffffffu, take);
+            if (take) queue[queued + __popc(takers & ((1u << lane) - 1))] = block;
+            queued += __popc(takers);
+            __syncwarp();
+            if (queued > Traits::kQueueBlocks - 32) {
+                run(queue, queued);
+                looked += queued;
+                queued = 0;
+            }
+        }
+        run(queue, queued);
+        return looked + queued;
+    }
+};
+
+}  // namespace condensate::kernels::block_select
