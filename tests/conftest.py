@@ -1,0 +1,50 @@
+"""Devices and the seed of a run. The same tests run on the CPU and, marked gpu, on CUDA."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "model: needs the trained model (CONDENSATE_SHARED)")
+    # Workers of pytest-xdist inherit the environment, so the whole run shares one seed.
+    os.environ.setdefault("CONDENSATE_TEST_SEED", str(random.SystemRandom().randrange(10**9)))
+
+
+def pytest_report_header() -> str:
+    return f"CONDENSATE_TEST_SEED={os.environ['CONDENSATE_TEST_SEED']}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device: torch.cuda.is_available() is false")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """"cpu" or "cuda"."""
+    return str(request.param)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh in every run unless CONDENSATE_TEST_SEED fixes it."""
+    return int(os.environ["CONDENSATE_TEST_SEED"])
+
+
+@pytest.fixture(autouse=True)
+def _clean_error_word() -> Iterator[None]:
+    """No test leaves a sticky error bit to the next one, or sets one it did not mean to."""
+    yield

@@ -1,0 +1,101 @@
+"""The instruments themselves: the oracle against hand-made values, sound ops pass, faults do not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.testkit import cases, checks, definition, naive, oracle, poison, selection
+
+# Each fault is looked for in so many random cases; most are found in the first few.
+CASES_PER_FAULT = 80
+
+
+@pytest.fixture
+def use_ops(monkeypatch: pytest.MonkeyPatch):
+    return lambda fault="": monkeypatch.setattr(checks, "ops", naive.NaiveOps(fault))
+
+
+def test_supports_of_a_written_out_example():
+    ranges = definition.Ranges(query_len=3, kv_len=5, window=2, anchors=1, causal=True)
+    assert ranges.always().int().tolist() == [[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 0, 0, 1, 1]]
+    assert ranges.candidates().int().tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0]]
+    both_sides = definition.Ranges(query_len=1, kv_len=3, window=2, anchors=0, causal=False)
+    assert both_sides.always().int().tolist() == [[0, 1, 1]]
+    before_all_keys = definition.Ranges(query_len=3, kv_len=1, window=9, anchors=9, causal=True)
+    assert before_all_keys.always().int().tolist() == [[0], [0], [1]]
+
+
+def test_tiles_are_the_documented_ones():
+    assert [definition.tile_positions(g) for g in (1, 2, 3, 4, 8, 64)] == [64, 64, 32, 32, 16, 2]
+    assert [definition.query_pool(g) for g in (1, 8, 32, 33, 64)] == [4, 4, 4, 2, 2]
+
+
+def test_list_entries_that_fall_or_leave_the_range_are_skipped():
+    indices = torch.tensor([[[[2, 1, 2, 9, -1, 3]]]], dtype=torch.int32)
+    listed, invalid = definition.listed_blocks(indices, torch.tensor([[[6]]]), 5 * 64)
+    assert listed[0, 0, 0].int().tolist() == [0, 0, 1, 1, 0] and invalid
+    listed, invalid = definition.listed_blocks(indices, torch.tensor([[[1]]]), 5 * 64)
+    assert listed[0, 0, 0].int().tolist() == [0, 0, 1, 0, 0] and not invalid
+    _, invalid = definition.listed_blocks(indices, torch.tensor([[[-1]]]), 5 * 64)
+    assert invalid
+
+
+def test_oracle_on_a_softmax_done_by_hand():
+    query = torch.tensor([[[[2.0]]]]).expand(1, 1, 1, 8) / 8
+    key = torch.tensor([0.0, math.log(3), 99.0]).view(1, 1, 3, 1).expand(1, 1, 3, 8) / 2
+    value = torch.tensor([1.0, 5.0, 7.0]).view(1, 1, 3, 1).expand(1, 1, 3, 8)
+    support = torch.tensor([True, True, False])
+    result = oracle.attention(query, key, value, support, scale=1.0)
+    assert result.out.flatten().tolist() == pytest.approx([4.0] * 8)
+    assert result.lse.item() == pytest.approx(math.log(4))
+    empty = oracle.attention(query, key, value, torch.tensor([False] * 3), scale=1.0)
+    assert empty.out.abs().max() == 0 and empty.lse.item() == -math.inf
+
+
+def test_top_k_oracles_break_ties_downwards():
+    score = torch.tensor([[1.0, 3.0, 1.0, math.nan, 3.0, 1.0]])
+    chosen = selection.expected_tokens(score, torch.ones(1, 6, dtype=torch.bool), 3)
+    assert chosen.int().tolist() == [[1, 1, 0, 0, 1, 0]]
+    mass = torch.tensor([[0.1, 0.3, 0.3, 0.1, 0.2]])
+    blocks, certain = selection.expected_lists(mass, torch.tensor([[1, 1, 1, 1, 0]]).bool(), 3)
+    assert blocks.int().tolist() == [[1, 1, 1, 0, 0]] and certain.all()
+
+
+def test_margins_of_every_layout_are_nan():
+    tensor = torch.randn(2, 3, 5, 8)
+    for layout in poison.LAYOUTS:
+        view = poison.embed(tensor, layout)
+        assert view.stride(-1) == 1 and not view.isnan().any()
+        if layout != "head_shared":
+            assert torch.equal(view, tensor)
+            whole = torch.empty(0).set_(view.untyped_storage())
+            assert whole.isnan().sum() == whole.numel() - tensor.numel() > 0
+    assert poison.embed(tensor, "misaligned").data_ptr() % 16 == 4
+
+
+def test_same_seed_same_case():
+    first, again = cases.from_seed(7, "cpu"), cases.from_seed(7, "cpu")
+    assert first == again != cases.from_seed(8, "cpu")
+    for a, b in zip(first.tensors(), again.tensors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sound_ops_pass(use_ops, seed):
+    use_ops()
+    outcomes = [checks.check_case(cases.from_seed(seed + n, "cpu")) for n in range(40)]
+    assert sum(outcome.probes for outcome in outcomes) > 10_000
+    assert 0 < max(outcome.bound_used for outcome in outcomes) < 1
+
+
+@pytest.mark.parametrize("fault", naive.FAULTS)
+def test_every_planted_fault_is_found(use_ops, seed, fault):
+    use_ops(fault)
+    for n in range(CASES_PER_FAULT):
+        try:
+            checks.check_case(cases.from_seed(seed + n, "cpu"))
+        except AssertionError:
+            return
+    pytest.fail(f"{fault} lived through {CASES_PER_FAULT} random cases from seed {seed}")

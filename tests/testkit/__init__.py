@@ -1,0 +1,1 @@
+"""Instruments that judge the ops by docs/architecture.md alone: no code is shared with the kernels."""

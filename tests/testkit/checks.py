@@ -1,0 +1,156 @@
+"""One random case through the ops against the definition: numbers, membership, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.testkit import markers, oracle, selection
+from tests.testkit.cases import Case
+from tests.testkit.definition import (
+    listed_blocks,
+    support_of_lists,
+    support_of_pairs,
+    tile_positions,
+)
+from tests.testkit.poison import poisoned_outputs, recycle_nan_memory
+
+ops = torch.ops.condensate
+
+
+@dataclass
+class Outcome:
+    """What a case has shown."""
+
+    bound_used: float = 0.0  # largest error as a share of its bound
+    probes: int = 0  # (row, key) pairs whose membership was read off an output
+
+
+def check_case(case: Case) -> Outcome:
+    """Assert everything that the definition says about the case."""
+    rows = (case.batch, case.query_heads, case.query_len)
+    with poisoned_outputs():
+        recycle_nan_memory((*rows, case.head_dim), dtype=case.dtype, device=case.device)
+        recycle_nan_memory(rows, rows, dtype=torch.float32, device=case.device)
+        if case.selector in ("lists", "hostile"):
+            return _check_given_lists(case)
+        if case.selector == "exact":
+            return _check_exact(case)
+        return _check_block_selector(case)
+
+
+def _probe_keys(case: Case) -> Tensor:
+    """All keys where that is a few calls, otherwise those at edges and some random ones."""
+    if case.kv_len <= 3 * case.head_dim:
+        return torch.arange(case.kv_len, device=case.device)
+    positions = tile_positions(case.group)
+    edges = markers.edge_keys(
+        case.query_len, case.kv_len, case.window, case.anchors, positions
+    )
+    generator = torch.Generator().manual_seed(case.seed)
+    picked = torch.tensor(edges)[torch.randperm(len(edges), generator=generator)]
+    anywhere = torch.randint(0, case.kv_len, (case.head_dim,), generator=generator)
+    return torch.cat([picked, anywhere]).unique()[: 3 * case.head_dim].to(case.device)
+
+
+def _check_given_lists(case: Case) -> Outcome:
+    query, key, value = case.tensors()
+    indices, counts = case.lists()
+
+    def run(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = ops.block_sparse_attention(q, key, v, indices, counts, **case.range_args)
+        return out, lse
+
+    listed, _ = listed_blocks(indices, counts, case.kv_len)
+    support = support_of_lists(case.ranges, listed, case.query_heads)
+    return _check_attention(case, run, support, (query, key, value))
+
+
+Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query, value -> out, lse
+
+
+def _check_attention(
+    case: Case, run: Run, support: Tensor, qkv: tuple[Tensor, Tensor, Tensor]
+) -> Outcome:
+    query, key, value = qkv
+    out, lse = run(query, value)
+    assert out.is_contiguous() and out.dtype == case.dtype
+    used = oracle.assert_matches(
+        oracle.attention(query, key, value, support, case.scale), out, lse
+    )
+    keys = _probe_keys(case)
+    silent = torch.zeros_like(query)
+    found = markers.attended(lambda marked: run(silent, marked)[0], value, keys)
+    assert torch.equal(found, support[..., keys]), "the marker probe found another support"
+    return Outcome(used, found.numel())
+
+
+def _check_block_selector(case: Case) -> Outcome:
+    query, key, value = case.tensors()
+    summaries = ops.block_summaries(key, selector=case.selector)
+    selection.check_summaries(key, summaries, case.selector)
+    indices, counts = ops.select_blocks(
+        query, summaries, kv_len=case.kv_len, topk=case.topk, selector=case.selector,
+        **case.range_args,
+    )
+    mass = selection.masses(query, summaries, case.ranges, case.selector, case.scale)
+    eligible = case.ranges.eligible(case.group)
+    chosen = selection.check_lists(indices, counts, mass, eligible, case.topk // 64)
+    out, lse, estimate = ops.attention_forward(
+        query, key, value, topk=case.topk, selector=case.selector, **case.range_args
+    )
+    expected = selection.estimated_omission(mass, chosen, eligible, case.query_len)
+    assert estimate.dtype == torch.float32 and estimate.shape == expected.shape
+    assert ((estimate.double() - expected).abs() <= mass.tolerance).all(), "omitted_mass_estimate"
+    support = support_of_lists(case.ranges, chosen, case.query_heads)
+    reference = oracle.attention(query, key, value, support, case.scale)
+    return Outcome(oracle.assert_matches(reference, out, lse))
+
+
+def _check_exact(case: Case) -> Outcome:
+    query, key, value = case.tensors()
+
+    def run(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out, lse, estimate = ops.attention_forward(
+            query, key, v, topk=case.topk, selector="exact", **case.range_args
+        )
+        return out, lse, estimate
+
+    support = markers.extract_support(lambda marked: run(marked)[0], value)
+    score = oracle.scores(query, key, case.scale)
+    check_token_support(case, support, score)
+    if case.content == "integers":
+        threshold, tie = ops.select_tokens(query, key, topk=case.topk, **case.range_args)
+        pairs = support_of_pairs(case.ranges, score, threshold, tie)
+        assert torch.equal(pairs, support), "select_tokens names other keys than are attended"
+    out, lse, estimate = run(value)
+    reference = oracle.attention(query, key, value, support, case.scale)
+    used = oracle.assert_matches(reference, out, lse)
+    full = oracle.omitted_mass(query, key, reference.lse, case.ranges.visible(), case.scale)
+    error = (estimate.double() - full).abs().flatten(0, 1)
+    assert (error <= 2 * reference.lse_bound.nan_to_num(posinf=0.0).flatten(0, 1)).all()
+    return Outcome(used, support.numel())
+
+
+def check_token_support(case: Case, support: Tensor, score: Tensor) -> None:
+    """The support holds the ranges and a right top-k of the candidates, and nothing else."""
+    always, candidates = case.ranges.always(), case.ranges.candidates()
+    assert torch.equal(support & ~candidates, always.expand_as(support)), "wrong ranges"
+    if case.content == "integers":
+        expected = selection.expected_tokens(score, candidates, case.topk)
+        assert torch.equal(support & candidates, expected), "another top-k than the definition's"
+        return
+    chosen = support & candidates
+    wanted = candidates.sum(-1).clamp(max=case.topk).expand(chosen.shape[:-1])
+    assert torch.equal(chosen.sum(-1), wanted), "wrong number of selected keys"
+    ranked = score.masked_fill(~candidates, -torch.inf)
+    if not 0 < case.topk < case.kv_len:
+        return
+    kth = ranked.topk(case.topk, -1).values[..., -1:]
+    size = oracle.scores(*(t.abs() for t in case.tensors()[:2]), case.scale)
+    band = 4 * (case.head_dim + 4) * oracle.EPS * size
+    assert not (candidates & ~chosen & (score > kth + band)).any(), "a clearly larger key is out"
+    assert not (chosen & (score < kth - band)).any(), "a clearly smaller key is in"

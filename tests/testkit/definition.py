@@ -1,0 +1,117 @@
+"""The definition of docs/architecture.md as boolean masks: who attends what, who may be listed.
+
+Everything is written from the sets in that page, by brute force over (query, key) pairs; nothing
+here mirrors the arithmetic of the C++ headers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK_KEYS = 64
+UNIT_KEYS = {"block": 4, "quest": 16, "mean": 64}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def tile_positions(group: int) -> int:
+    """Positions of a tile: the largest power of two P <= 64 with P * group <= 128."""
+    return max(p for p in (1, 2, 4, 8, 16, 32, 64) if p == 1 or p * group <= 128)
+
+
+def query_pool(group: int) -> int:
+    """Queries averaged into one pooled query."""
+    return min(4, tile_positions(group))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Lengths and ranges of a call: the part of a support that does not depend on content."""
+
+    query_len: int
+    kv_len: int
+    window: int
+    anchors: int
+    causal: bool
+    device: str = "cpu"
+
+    def _grid(self) -> tuple[Tensor, Tensor]:
+        i = torch.arange(self.query_len, device=self.device)
+        j = torch.arange(self.kv_len, device=self.device)
+        return (i + self.kv_len - self.query_len)[:, None], j[None, :]
+
+    def visible(self) -> Tensor:
+        """[Lq, Lk]: may query i attend key j at all?"""
+        p, j = self._grid()
+        return j <= p if self.causal else torch.ones_like(j <= p)
+
+    def always(self) -> Tensor:
+        """[Lq, Lk]: visible keys that are anchors or in the window, whatever is selected."""
+        p, j = self._grid()
+        in_window = (j > p - self.window) & (j < p + self.window)
+        return self.visible() & ((j < self.anchors) | in_window)
+
+    def candidates(self) -> Tensor:
+        """[Lq, Lk]: visible keys that only selection can add."""
+        return self.visible() & ~self.always()
+
+    def eligible(self, group: int) -> Tensor:
+        """[T, blocks]: may a list of the tile name the block?"""
+        tile = torch.arange(self.query_len, device=self.device) // tile_positions(group)
+        block = torch.arange(self.kv_len, device=self.device) // BLOCK_KEYS
+        tiles = ceil_div(self.query_len, tile_positions(group))
+        blocks = ceil_div(self.kv_len, BLOCK_KEYS)
+        hits = torch.zeros(tiles, blocks, dtype=torch.float64, device=self.device)
+        per_tile = torch.zeros(tiles, self.kv_len, dtype=torch.float64, device=self.device)
+        per_tile.index_add_(0, tile, self.candidates().double())
+        return hits.index_add_(1, block, per_tile) > 0
+
+
+def listed_blocks(indices: Tensor, counts: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:
+    """Valid entries of lists: bool [B, Hkv, T, blocks], and whether any content was invalid.
+
+    Entries that are negative, out of range or not greater than the valid ones before them are
+    skipped; counts are clamped to the width of the lists.
+    """
+    width, blocks = indices.shape[-1], ceil_div(kv_len, BLOCK_KEYS)
+    clamped = counts.clamp(0, width)
+    invalid = clamped != counts
+    listed = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=indices.device)
+    last = torch.full_like(counts, -1)
+    for entry in range(width):
+        block = indices[..., entry]
+        used = entry < clamped
+        valid = used & (block > last) & (block < blocks)
+        invalid |= used & ~valid
+        last = torch.where(valid, block, last)
+        slot = torch.where(valid, block, torch.full_like(block, blocks)).long()
+        listed.scatter_(-1, slot[..., None], True)
+    return listed[..., :blocks], invalid.any()
+
+
+def spread_to_rows(per_tile: Tensor, query_heads: int, query_len: int) -> Tensor:
+    """[B, Hkv, T, X] of tiles -> [B, Hq, Lq, X] of rows."""
+    group = query_heads // per_tile.shape[1]
+    tile = torch.arange(query_len, device=per_tile.device) // tile_positions(group)
+    return per_tile[:, :, tile].repeat_interleave(group, dim=1)
+
+
+def support_of_lists(ranges: Ranges, listed: Tensor, query_heads: int) -> Tensor:
+    """bool [B, Hq, Lq, Lk]: anchors, window and every visible key of the listed blocks."""
+    keys = listed.repeat_interleave(BLOCK_KEYS, dim=-1)[..., : ranges.kv_len]
+    rows = spread_to_rows(keys, query_heads, ranges.query_len)
+    return ranges.visible() & (ranges.always() | rows)
+
+
+def support_of_pairs(ranges: Ranges, scores: Tensor, threshold: Tensor, tie: Tensor) -> Tensor:
+    """bool [B, Hq, Lq, Lk]: anchors, window and the keys that a (threshold, tie index) selects."""
+    j = torch.arange(ranges.kv_len, device=scores.device)
+    limit = threshold[..., None].to(scores.dtype)
+    chosen = (scores > limit) | ((scores == limit) & (j <= tie[..., None]))
+    return ranges.always() | (ranges.candidates() & chosen)

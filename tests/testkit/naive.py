@@ -1,0 +1,133 @@
+"""The ops in plain float32 torch: what the kit's own tests feed it, sound or with a planted fault.
+
+Faults are named by what they break; the kit has to reject every one of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tests.testkit import oracle, selection
+from tests.testkit.definition import (
+    BLOCK_KEYS,
+    Ranges,
+    listed_blocks,
+    support_of_lists,
+    support_of_pairs,
+)
+
+FAULTS = (
+    "window_edge", "anchor_edge", "diagonal", "alignment", "drop_one_key", "double_count",
+    "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
+)  # fmt: skip
+
+
+class NaiveOps:
+    """Stands in for torch.ops.condensate."""
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def _ranges(self, lq: int, lk: int, window: int, anchors: int, causal: bool) -> Ranges:
+        window -= self.fault == "window_edge" and window > 0
+        anchors -= self.fault == "anchor_edge" and anchors > 0
+        return Ranges(lq, lk, window, anchors, causal)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, support: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.fault == "diagonal" and support.shape[-1]:
+            lq, lk = support.shape[-2:]
+            support = support & ~torch.ones(lq, lk, dtype=torch.bool).triu(lk - lq).tril(lk - lq)
+        if self.fault == "alignment":
+            support = support.roll(1, -1)
+        if self.fault == "drop_one_key" and support.shape[-1] > 70:
+            support = support.clone()
+            support[..., 70] = False
+        factor = oracle.default_scale(query.shape[-1]) if scale is None else scale
+        factor *= 1.001 if self.fault == "scale" else 1.0
+        score = factor * (query.float() @ oracle.expand_heads(key, query.shape[1]).float().mT)
+        score = score.masked_fill(~support, -torch.inf)
+        if self.fault == "double_count" and score.shape[-1]:
+            score[..., 0] += 0.6931
+        lse = torch.logsumexp(score, -1)
+        prob = torch.where(support, (score - lse[..., None]).exp(), 0.0)
+        prob = prob * (1.02 if self.fault == "weight" else 1.0)
+        out = prob @ oracle.expand_heads(value, query.shape[1]).float()
+        return out.to(query.dtype), lse - (0.01 if self.fault == "no_lse_term" else 0.0)
+
+    def block_sparse_attention(  # type: ignore[no-untyped-def]
+        self, query, key, value, indices, counts, *, window, anchors, causal, scale
+    ):
+        ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
+        listed, _ = listed_blocks(indices, counts, key.shape[2])
+        support = support_of_lists(ranges, listed, query.shape[1])
+        return self._attend(query, key, value, support, scale)
+
+    def block_summaries(self, key: Tensor, *, selector: str) -> Tensor:
+        return selection.units(key, selector).to(key.dtype)
+
+    def select_blocks(  # type: ignore[no-untyped-def]
+        self, query, summaries, *, kv_len, topk, selector, window, anchors, causal, scale
+    ):
+        ranges = self._ranges(query.shape[2], kv_len, window, anchors, causal)
+        mass = selection.masses(query, summaries, ranges, selector, scale)
+        eligible = ranges.eligible(query.shape[1] // summaries.shape[1])
+        if self.fault == "eligibility":
+            eligible = eligible.roll(1, -1)
+        budget = topk // BLOCK_KEYS - (self.fault == "budget" and topk > 0)
+        weight = -mass.per_tile if self.fault == "order" else mass.per_tile
+        chosen, _ = selection.expected_lists(weight.exp(), eligible, budget)
+        counts = chosen.sum(-1).int()
+        blocks = chosen.shape[-1]
+        ascending = torch.where(chosen, torch.arange(blocks), blocks).sort(-1).values
+        filler = 0 if self.fault == "padding" else -1
+        indices = torch.full((*counts.shape, topk // BLOCK_KEYS), filler, dtype=torch.int32)
+        width = min(indices.shape[-1], blocks)
+        kept = ascending[..., :width]
+        indices[..., :width] = torch.where(kept < blocks, kept, filler).int()
+        return indices, counts
+
+    def select_tokens(  # type: ignore[no-untyped-def]
+        self, query, key, *, topk, window, anchors, causal, scale
+    ):
+        ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
+        score = oracle.scores(query, key, scale).float()
+        candidates = ranges.candidates()
+        order = score.flip(-1) if self.fault == "tie_rule" else score
+        allowed = candidates.flip(-1) if self.fault == "tie_rule" else candidates
+        chosen = selection.expected_tokens(order, allowed, topk - (self.fault == "budget"))
+        chosen = chosen.flip(-1) if self.fault == "tie_rule" else chosen
+        few = candidates.sum(-1).expand(chosen.shape[:-1]) < topk
+        least = score.masked_fill(~chosen, torch.inf)
+        threshold = torch.nn.functional.pad(least, (0, 1), value=torch.inf).amin(-1)
+        at = chosen & (score == threshold[..., None])
+        last = torch.where(at, torch.arange(key.shape[2]), -1)
+        tie = torch.nn.functional.pad(last, (0, 1), value=-1).amax(-1)
+        threshold = threshold.masked_fill(few, -torch.inf)
+        return threshold, tie.masked_fill(few, 2**31 - 1).int()
+
+    def attention_forward(  # type: ignore[no-untyped-def]
+        self, query, key, value, *, topk, selector, window, anchors, causal, scale
+    ):
+        args = {"window": window, "anchors": anchors, "causal": causal, "scale": scale}
+        ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
+        if selector == "exact":
+            pair = self.select_tokens(query, key, topk=topk, **args)
+            score = oracle.scores(query, key, scale).float()
+            out, lse = self._attend(
+                query, key, value, support_of_pairs(ranges, score, *pair), scale
+            )
+            estimate = oracle.omitted_mass(query, key, lse, ranges.visible(), scale)
+            return out, lse, estimate.float()
+        units = self.block_summaries(key, selector=selector)
+        lists = self.select_blocks(
+            query, units, kv_len=key.shape[2], topk=topk, selector=selector, **args
+        )
+        chosen, _ = listed_blocks(*lists, key.shape[2])
+        mass = selection.masses(query, units, ranges, selector, scale)
+        eligible = ranges.eligible(query.shape[1] // key.shape[1])
+        estimate = selection.estimated_omission(mass, chosen, eligible, query.shape[2])
+        support = support_of_lists(ranges, chosen, query.shape[1])
+        return *self._attend(query, key, value, support, scale), estimate.float()
