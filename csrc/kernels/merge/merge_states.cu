@@ -25,10 +25,10 @@ __device__ MergeWeights merge_weights(float lse_a, float lse_b) {
     return {exp_a / sum, exp_b / sum, high + logf(sum)};
 }
 
-// The output of an empty side is not read into the sum, whatever it holds.
+// A side of weight 0 takes no part, whatever its output holds.
 template <class T>
-__device__ float weigh(float weight, float lse, T value) {
-    return lse == -INFINITY ? 0.0f : weight * to_float(value);
+__device__ float weigh(float weight, T value) {
+    return weight == 0.0f ? 0.0f : weight * to_float(value);
 }
 
 // One thread owns kElems channels of one row.
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads)
     Chunk merged;
 #pragma unroll
     for (int e = 0; e < kElems; ++e) {
-        merged.elem[e] = from_float<T>(weigh(weights.a, lse_a, a.elem[e]) +
-                                       weigh(weights.b, lse_b, b.elem[e]));
+        merged.elem[e] =
+            from_float<T>(weigh(weights.a, a.elem[e]) + weigh(weights.b, b.elem[e]));
     }
     static_cast<Chunk*>(params.out)[offset] = merged;
     if (chunk == 0) params.lse[row] = weights.lse;

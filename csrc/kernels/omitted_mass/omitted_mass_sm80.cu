@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     auto& smem = *reinterpret_cast<OmittedMassSmem<kDim>*>(smem_bytes);
     uint32_t stages_smem = ptx::smem_address(smem.stages);
     const Problem& problem = params.problem;
-    SweepCta cta(problem, params.num_rows);
+    RowGroup cta = row_group_of_cta<kSweepRows>(problem, params.num_rows);
 
-    fill_sweep_rows(smem.rows, cta, problem, [&](int64_t slot) {
+    fill_row_table(smem.rows, cta, problem, [&](int64_t slot) {
         if (params.rows == nullptr) return slot;
         int64_t query = params.rows[slot];
         return query >= 0 && query < problem.query_len ? query : int64_t{-1};
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 template <class T, int kDim>
 Status launch_omitted_mass(const OmittedMassParams& params, const LaunchContext& context) {
     return launch(omitted_mass_kernel<T, kDim>, "omitted_mass_sm80",
-                  {sweep_ctas(params.problem, params.num_rows)}, kSweepThreads,
+                  {row_groups<kSweepRows>(params.problem, params.num_rows)}, kSweepThreads,
                   sizeof(OmittedMassSmem<kDim>), context, params, context.error_word);
 }
 

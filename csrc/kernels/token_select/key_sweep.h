@@ -8,6 +8,7 @@
 
 #include "condensate/params.h"
 #include "device/smem_tile.h"
+#include "kernels/query_rows.h"
 #include "ptx/cp_async.h"
 #include "ptx/matrix.h"
 
@@ -50,67 +51,7 @@ struct SweepScores {
     float acc[kSweepMTiles][kNTiles][4];
 };
 
-// The rows of a CTA: 64 consecutive (query, head of the group) pairs of one KV head.
-struct SweepRows {
-    int64_t query[kSweepRows];       // -1: no such row
-    int32_t visible_end[kSweepRows]; // keys [0, visible_end) are visible
-    int32_t last_visible_end;        // largest of the CTA
-};
-
-// Which rows of which KV head a CTA works on.
-struct SweepCta {
-    int batch;
-    int kv_head;
-    int group;
-    int64_t first_row;   // in num_queries * group
-    int64_t total_rows;
-
-    // `num_queries` per head are swept; the longest rows of a head come first.
-    __device__ SweepCta(const Problem& problem, int64_t num_queries)
-        : group(problem.group()), total_rows(num_queries * problem.group()) {
-        int64_t tiles = ceil_div(total_rows, kSweepRows);
-        int64_t head = blockIdx.x / tiles;
-        batch = static_cast<int>(head / problem.kv_heads);
-        kv_head = static_cast<int>(head % problem.kv_heads);
-        first_row = (tiles - 1 - blockIdx.x % tiles) * kSweepRows;
-    }
-    __device__ bool exists(int row) const { return first_row + row < total_rows; }
-    // Which of the swept queries, and which query head, a row is.
-    __device__ int64_t slot(int row) const { return (first_row + row) / group; }
-    __device__ int64_t head(int row) const {
-        return static_cast<int64_t>(kv_head) * group + (first_row + row) % group;
-    }
-};
-
-inline int64_t sweep_ctas(const Problem& problem, int64_t num_queries) {
-    return problem.batch * problem.kv_heads *
-           ceil_div(num_queries * problem.group(), static_cast<int64_t>(kSweepRows));
-}
-
-// Keys [0, end) that a query sees.
-__device__ __forceinline__ int32_t visible_keys(const Problem& problem, int64_t query) {
-    if (!problem.causal) return static_cast<int32_t>(problem.kv_len);
-    int64_t end = query_position(query, problem.query_len, problem.kv_len) + 1;
-    return static_cast<int32_t>(max_i64(min_i64(end, problem.kv_len), 0));
-}
-
-// Fills the row table; `query_of(slot)` is the query index of a swept query, -1 if it has none.
-// All threads call it; the table is visible to all on return.
-template <class QueryOf>
-__device__ void fill_sweep_rows(SweepRows& rows, const SweepCta& cta, const Problem& problem,
-                                QueryOf&& query_of) {
-    if (threadIdx.x == 0) rows.last_visible_end = 0;
-    __syncthreads();
-    int row = static_cast<int>(threadIdx.x);
-    if (row < kSweepRows) {
-        int64_t query = cta.exists(row) ? query_of(cta.slot(row)) : -1;
-        int32_t end = query >= 0 ? visible_keys(problem, query) : 0;
-        rows.query[row] = query;
-        rows.visible_end[row] = end;
-        atomicMax(&rows.last_visible_end, end);
-    }
-    __syncthreads();
-}
+using SweepRows = RowTable<kSweepRows>;
 
 // A operands of this warp's rows for the whole head_dim.
 template <int kDim>
@@ -121,7 +62,7 @@ struct SweepQueries {
 // Reads the query rows through `stages_smem`, which is free again on return.
 template <class T, int kDim>
 __device__ void load_sweep_queries(SweepQueries<kDim>& queries, uint32_t stages_smem,
-                                   const SweepRows& rows, const SweepCta& cta,
+                                   const SweepRows& rows, const RowGroup& cta,
                                    const ConstTensor4& query, int head_dim) {
     constexpr int kChunks = kDim / 8;
     const T* base = static_cast<const T*>(query.data) + cta.batch * query.stride_batch;
@@ -188,7 +129,7 @@ struct SweepKeys {
     int32_t kv_len;
     int head_dim;
 
-    __device__ SweepKeys(const ConstTensor4& key, const SweepCta& cta, const Problem& problem)
+    __device__ SweepKeys(const ConstTensor4& key, const RowGroup& cta, const Problem& problem)
         : data(static_cast<const T*>(key.data) + cta.batch * key.stride_batch +
                cta.kv_head * key.stride_head),
           stride_seq(key.stride_seq),

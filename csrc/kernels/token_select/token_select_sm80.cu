@@ -20,25 +20,6 @@ struct alignas(128) TokenSelectSmem {
     };
 };
 
-// Which keys a row may select: visible, no anchor, not in its window.
-struct CandidateBounds {
-    int32_t low_end;     // [anchors, low_end), before the window
-    int32_t high_begin;  // [high_begin, end), after it (none when causal)
-    int32_t end;
-
-    __device__ bool contains(int32_t anchors, int32_t key) const {
-        return key >= anchors && key < end && (key < low_end || key >= high_begin);
-    }
-};
-
-__device__ __forceinline__ CandidateBounds candidate_bounds(const Problem& p, int64_t query,
-                                                            int32_t end) {
-    int64_t position = query_position(query, p.query_len, p.kv_len);
-    int64_t low = min_i64(max_i64(position - p.window + 1, 0), end);
-    int64_t high = p.causal ? end : min_i64(max_i64(position + p.window, 0), end);
-    return {static_cast<int32_t>(low), static_cast<int32_t>(high), end};
-}
-
 // A thread's rows: bounds of their candidates, and the prefix that the current pass refines.
 struct LaneRows {
     CandidateBounds bounds[kSweepMTiles][2];
@@ -50,7 +31,7 @@ struct LaneRows {
 template <class Smem>
 __device__ void load_bounds(LaneRows& rows, const Smem& smem, const Problem& problem) {
     SweepLane lane;
-    rows.anchors = static_cast<int32_t>(min_i64(problem.anchors, problem.kv_len));
+    rows.anchors = anchor_keys(problem);
     rows.common_end = INT_MAX;
 #pragma unroll
     for (int m = 0; m < kSweepMTiles; ++m) {
@@ -162,7 +143,7 @@ struct TokenSelectThread {
     using Smem = TokenSelectSmem<kDim>;
     Smem& smem;
     uint32_t stages_smem;
-    SweepCta cta;
+    RowGroup cta;
     SweepKeys<T> keys;
     SweepQueries<kDim> queries;
     LaneRows rows;
@@ -171,18 +152,14 @@ struct TokenSelectThread {
     __device__ __forceinline__ TokenSelectThread(const TokenSelectParams& params, Smem& shared)
         : smem(shared),
           stages_smem(ptx::smem_address(shared.stages)),
-          cta(params.problem, params.problem.query_len),
+          cta(row_group_of_cta<kSweepRows>(params.problem, params.problem.query_len)),
           keys(params.key, cta, params.problem) {
         const Problem& problem = params.problem;
-        fill_sweep_rows(smem.rows, cta, problem, [](int64_t slot) { return slot; });
+        fill_row_table(smem.rows, cta, problem, [](int64_t slot) { return slot; });
         load_sweep_queries<T, kDim>(queries, stages_smem, smem.rows, cta, params.query,
                                     static_cast<int>(problem.head_dim));
         load_bounds(rows, smem, problem);
-        candidates_end = smem.rows.last_visible_end;
-        if (problem.causal) {
-            int64_t window = min_i64(problem.window, problem.kv_len);
-            candidates_end = max(candidates_end - static_cast<int32_t>(window), 0);
-        }
+        candidates_end = kernels::candidates_end(problem, smem.rows.last_visible_end);
     }
 };
 
@@ -322,7 +299,7 @@ Status launch_token_select(const TokenSelectParams& params, const LaunchContext&
     static_assert(sizeof(TokenSelectSmem<kDim>) <= 99 * 1024,
                   "every sm_80+ device offers 99 KB to a CTA");
     return launch(token_select_kernel<T, kDim>, "token_select_sm80",
-                  {sweep_ctas(params.problem, params.problem.query_len)}, kSweepThreads,
+                  {row_groups<kSweepRows>(params.problem, params.problem.query_len)}, kSweepThreads,
                   sizeof(TokenSelectSmem<kDim>), context, params);
 }
 
