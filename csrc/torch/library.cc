@@ -1,0 +1,57 @@
+// Registration: the schemas, and one function per operator for CPU and CUDA tensors alike; the
+// tensors' device decides where the core runs. Sizes are SymInt so that compiled graphs keep them
+// symbolic. Fake kernels, autograd and autocast rules are in python/condensate_ext.
+#include <torch/csrc/stable/library.h>
+
+#include "torch/ops.h"
+
+STABLE_TORCH_LIBRARY(condensate, m) {
+    m.def(
+        "attention(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
+        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool far_field=False, "
+        "str selector=\"block\", bool causal=True, float? scale=None) -> Tensor");
+    m.def(
+        "attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
+        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool far_field=False, "
+        "str selector=\"block\", bool causal=True, float? scale=None) "
+        "-> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
+    m.def("block_summaries(Tensor key, *, str selector=\"block\") -> Tensor");
+    m.def(
+        "select_blocks(Tensor query, Tensor summaries, *, SymInt kv_len, SymInt window=256, "
+        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, str selector=\"block\", "
+        "bool causal=True, float? scale=None) -> (Tensor block_indices, Tensor block_counts)");
+    m.def(
+        "select_tokens(Tensor query, Tensor key, *, SymInt window=256, SymInt anchors=64, "
+        "SymInt topk=1728, bool causal=True, float? scale=None) "
+        "-> (Tensor threshold, Tensor tie_index)");
+    m.def(
+        "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, "
+        "Tensor block_counts, *, SymInt window=256, SymInt anchors=64, bool far_field=False, "
+        "bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
+    m.def(
+        "omitted_mass(Tensor query, Tensor key, Tensor lse, *, Tensor? rows=None, "
+        "bool causal=True, float? scale=None) -> Tensor");
+    m.def(
+        "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+        "-> (Tensor out, Tensor lse)");
+}
+
+namespace {
+
+template <typename Library>
+void implement(Library& m) {
+    using namespace condensate;
+    m.impl("attention", TORCH_BOX(&ops::attention));
+    m.impl("attention_forward", TORCH_BOX(&ops::attention_forward));
+    m.impl("block_summaries", TORCH_BOX(&ops::block_summaries));
+    m.impl("select_blocks", TORCH_BOX(&ops::select_blocks));
+    m.impl("select_tokens", TORCH_BOX(&ops::select_tokens));
+    m.impl("block_sparse_attention", TORCH_BOX(&ops::block_sparse_attention));
+    m.impl("omitted_mass", TORCH_BOX(&ops::omitted_mass));
+    m.impl("merge_states", TORCH_BOX(&ops::merge_states));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(condensate, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(condensate, CUDA, m) { implement(m); }

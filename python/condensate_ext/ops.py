@@ -1,0 +1,376 @@
+"""The user functions: attention over anchors, a window and the keys that matter most.
+
+The idea of attending to a few anchors, a local window and the highest-scoring remaining keys is
+that of https://arxiv.org/abs/2602.06317; docs/architecture.md has the exact definition used here.
+
+Shared by all functions:
+
+* Shapes: ``B`` batch, ``Hq`` query heads, ``Hkv`` key/value heads (``Hq`` a multiple of ``Hkv``, at
+  most 64 times as many), ``Lq`` queries, ``Lk`` keys, ``D`` head_dim (a multiple of 8 up to 256).
+  Any of ``B``, ``Lq`` and ``Lk`` may be 0, and ``Lq`` may exceed ``Lk``.
+* ``query``, ``key``, ``value``: float16, bfloat16 or float32, one dtype and one device, any strides
+  with a contiguous last dimension. CPU tensors run on the CPU, CUDA tensors on their GPU, on the
+  current stream, without waiting for it. Nothing is cast or moved silently.
+* Query ``i`` has position ``p = i + Lk - Lq``: the last query is at the last key. With
+  ``causal=True`` it attends keys ``<= p`` only.
+* ``window``, ``anchors``, ``topk``: counts of keys. ``scale`` multiplies the scores, by default
+  ``1 / sqrt(D)``. Log-sum-exps are natural and float32; a row without keys has output 0 and
+  log-sum-exp ``-inf``.
+* Forward only: with grad mode on, an input that requires grad raises ``RuntimeError``. Use
+  ``torch.no_grad()`` or ``.detach()``.
+* Under ``torch.autocast`` queries, keys, values and summaries are cast to the autocast dtype, as
+  ``torch.nn.functional.scaled_dot_product_attention`` does.
+* Invalid arguments raise ``ValueError`` naming the argument, its value, what is allowed and the
+  fix; what this build or device cannot run raises ``RuntimeError``; a missing compiled library
+  raises ``ImportError``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from condensate_ext._loader import require
+
+BlockSelector = Literal["block", "quest", "mean"]
+Selector = Literal["block", "quest", "mean", "exact"]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int = 256,
+    anchors: int = 64,
+    topk: int = 1728,
+    top_p: float | None = None,
+    far_field: bool = False,
+    selector: Selector = "block",
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of every query over anchors, window and selected keys.
+
+    Each query attends the first ``anchors`` keys, the last ``window`` keys up to its own position,
+    and ``topk`` further keys, each key once. A budget that reaches every key gives dense attention.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``.
+        key: ``[B, Hkv, Lk, D]``.
+        value: ``[B, Hkv, Lk, D]``.
+        window: keys up to and including the query's own position; without causality, keys less than
+            ``window`` away on both sides. 0 for none.
+        anchors: first keys of the sequence, attended by every query that may see them. 0 for none.
+        topk: keys selected beside them; for the block selectors a multiple of 64.
+        top_p: not yet available, must be None.
+        far_field: not yet available, must be False.
+        selector: ``"block"`` ranks 64-key blocks by their estimated softmax mass, one list for a
+            tile of up to 64 queries of the heads that share a KV head; ``"quest"`` (min/max
+            bounds) and ``"mean"`` rank them otherwise; ``"exact"`` takes the highest-scoring keys
+            of each query and head by scoring all of them.
+        causal: attend no key after the query's position.
+        scale: factor of the scores; positive for the block selectors. Default ``1 / sqrt(D)``.
+
+    Returns:
+        ``[B, Hq, Lq, D]``, contiguous, in the query's dtype.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    out: Tensor = torch.ops.condensate.attention(
+        query,
+        key,
+        value,
+        window=window,
+        anchors=anchors,
+        topk=topk,
+        top_p=top_p,
+        far_field=far_field,
+        selector=selector,
+        causal=causal,
+        scale=scale,
+    )
+    return out
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int = 256,
+    anchors: int = 64,
+    topk: int = 1728,
+    top_p: float | None = None,
+    far_field: bool = False,
+    selector: Selector = "block",
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`attention`, with its log-sum-exp and how much softmax mass it left out.
+
+    Args: as for :func:`attention`.
+
+    Returns:
+        A tuple of
+
+        * ``out``: ``[B, Hq, Lq, D]``, contiguous, in the query's dtype.
+        * ``lse``: ``[B, Hq, Lq]`` float32, natural log of the sum of ``exp(scale * q·k)`` over the
+          attended keys.
+        * ``omitted_mass_estimate``: ``[B, Hq, Lq]`` float32 in [0, 1], the share of the full
+          softmax that was not attended. Estimated from the block scores, at no cost, for the block
+          selectors; exact up to rounding for ``"exact"``; 0 where the budget reaches every key.
+          :func:`omitted_mass` measures it.
+
+    Raises: as for :func:`attention`.
+    """
+    require()
+    out, lse, estimate = torch.ops.condensate.attention_forward(
+        query,
+        key,
+        value,
+        window=window,
+        anchors=anchors,
+        topk=topk,
+        top_p=top_p,
+        far_field=far_field,
+        selector=selector,
+        causal=causal,
+        scale=scale,
+    )
+    return out, lse, estimate
+
+
+def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor:
+    """Everything that block selection needs to know about the keys, in one pass over them.
+
+    Args:
+        key: ``[B, Hkv, Lk, D]``, with positions already encoded.
+        selector: ``"block"`` keeps the mean of every 4 keys, ``"quest"`` the elementwise maximum
+            and minimum of every 16, ``"mean"`` the mean of every 64.
+
+    Returns:
+        ``[B, Hkv, U, Ds]`` in the key's dtype, with ``U = ceil(Lk / 64) * (16, 4 or 1)`` and
+        ``Ds = D``, or ``2 * D`` (maximum, then minimum) for ``"quest"``.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: ``key`` requires grad, or this build or device cannot run the call.
+    """
+    require()
+    summaries: Tensor = torch.ops.condensate.block_summaries(key, selector=selector)
+    return summaries
+
+
+def select_blocks(
+    query: Tensor,
+    summaries: Tensor,
+    *,
+    kv_len: int,
+    window: int = 256,
+    anchors: int = 64,
+    topk: int = 1728,
+    top_p: float | None = None,
+    selector: BlockSelector = "block",
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Picks, for every tile of queries, the 64-key blocks of largest estimated softmax mass.
+
+    A tile is ``P`` consecutive queries of all ``G = Hq / Hkv`` heads of one KV head; ``P`` is the
+    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Ties go to the
+    lower block. The result does not depend on what else is in the batch.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``.
+        summaries: ``[B, Hkv, U, Ds]`` from :func:`block_summaries` with the same ``selector``.
+        kv_len: ``Lk``, the number of keys that were summarised.
+        window: as for :func:`attention`; blocks that lie in it for every query are not listed.
+        anchors: as for :func:`attention`; blocks of nothing but anchors are not listed.
+        topk: budget in keys, a multiple of 64; a list has ``K = topk // 64`` places.
+        top_p: not yet available, must be None.
+        selector: what the summaries are.
+        causal: as for :func:`attention`.
+        scale: as for :func:`attention`; positive.
+
+    Returns:
+        A tuple of ``block_indices`` ``[B, Hkv, T, K]`` int32, strictly ascending and -1 after the
+        last, and ``block_counts`` ``[B, Hkv, T]`` int32.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    indices, counts = torch.ops.condensate.select_blocks(
+        query,
+        summaries,
+        kv_len=kv_len,
+        window=window,
+        anchors=anchors,
+        topk=topk,
+        top_p=top_p,
+        selector=selector,
+        causal=causal,
+        scale=scale,
+    )
+    return indices, counts
+
+
+def select_tokens(
+    query: Tensor,
+    key: Tensor,
+    *,
+    window: int = 256,
+    anchors: int = 64,
+    topk: int = 1728,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Finds, for every query and head, the ``topk`` highest-scoring keys outside anchors and window.
+
+    The set is kept as a pair: such a key ``j`` is selected when its score ``scale * q·k`` exceeds
+    ``threshold``, or equals it and ``j <= tie_index``. Scores that are NaN are never selected.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``.
+        key: ``[B, Hkv, Lk, D]``.
+        window: as for :func:`attention`.
+        anchors: as for :func:`attention`.
+        topk: keys to select, any number.
+        causal: as for :func:`attention`.
+        scale: as for :func:`attention`.
+
+    Returns:
+        A tuple of ``threshold`` ``[B, Hq, Lq]`` float32, ``-inf`` where fewer than ``topk`` keys can
+        be selected, and ``tie_index`` ``[B, Hq, Lq]`` int32.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    threshold, tie_index = torch.ops.condensate.select_tokens(
+        query, key, window=window, anchors=anchors, topk=topk, causal=causal, scale=scale
+    )
+    return threshold, tie_index
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor,
+    *,
+    window: int = 256,
+    anchors: int = 64,
+    far_field: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention over anchors, window and the listed 64-key blocks.
+
+    Lists may come from :func:`select_blocks` or from anywhere else: every visible key of a listed
+    block is attended, once. An entry that is out of range or not ascending is skipped, a count
+    outside ``0..K`` is clamped, and :func:`condensate_ext.read_error_word` tells; with
+    ``CONDENSATE_STRICT=1`` in the environment the call waits and raises instead.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``.
+        key: ``[B, Hkv, Lk, D]``.
+        value: ``[B, Hkv, Lk, D]``.
+        block_indices: ``[B, Hkv, T, K]`` int32, contiguous; see :func:`select_blocks` for ``T``.
+        block_counts: ``[B, Hkv, T]`` int32, contiguous.
+        window: as for :func:`attention`.
+        anchors: as for :func:`attention`.
+        far_field: not yet available, must be False.
+        causal: as for :func:`attention`.
+        scale: as for :func:`attention`; any finite number.
+
+    Returns:
+        A tuple of ``out`` ``[B, Hq, Lq, D]`` in the query's dtype and ``lse`` ``[B, Hq, Lq]``
+        float32.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    out, lse = torch.ops.condensate.block_sparse_attention(
+        query,
+        key,
+        value,
+        block_indices,
+        block_counts,
+        window=window,
+        anchors=anchors,
+        far_field=far_field,
+        causal=causal,
+        scale=scale,
+    )
+    return out, lse
+
+
+def omitted_mass(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    rows: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Measures how much softmax mass an attention left out, by scoring every visible key.
+
+    Args:
+        query: ``[B, Hq, Lq, D]``.
+        key: ``[B, Hkv, Lk, D]``.
+        lse: ``[B, Hq, Lq]`` float32, contiguous: the log-sum-exp that the attention returned.
+        rows: ``[R]`` int64, the query indices to audit, in any order; all of them when None. An
+            index out of range gives NaN and is told by :func:`condensate_ext.read_error_word`.
+        causal: as in the audited call.
+        scale: as in the audited call.
+
+    Returns:
+        ``[B, Hq, R]`` float32 in [0, 1], ``R = Lq`` when ``rows`` is None:
+        ``1 - exp(lse - lse_full)``, 0 for a row that sees no key.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    omitted: Tensor = torch.ops.condensate.omitted_mass(
+        query, key, lse, rows=rows, causal=causal, scale=scale
+    )
+    return omitted
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merges two attention results over disjoint keys into the result over their union.
+
+    Args:
+        out_a: ``[B, H, L, D]``, contiguous.
+        lse_a: ``[B, H, L]`` float32, contiguous.
+        out_b: like ``out_a``, same dtype and device.
+        lse_b: like ``lse_a``.
+
+    Returns:
+        A tuple of ``out`` ``[B, H, L, D]`` in the dtype of ``out_a`` and ``lse`` ``[B, H, L]``
+        float32.
+
+    Raises:
+        ValueError: an argument is invalid.
+        RuntimeError: an input requires grad, or this build or device cannot run the call.
+    """
+    require()
+    out, lse = torch.ops.condensate.merge_states(out_a, lse_a, out_b, lse_b)
+    return out, lse
