@@ -1,0 +1,172 @@
+// Attention tile by tile: the rows of a tile share the blocks they visit, so keys and values are
+// converted to float32 once per tile and block, and the inner loops are two dense products.
+#include <atomic>
+#include <cmath>
+
+#include "cpu/block_walk.h"
+#include "cpu/kernels.h"
+#include "cpu/row_mask.h"
+
+namespace condensate::cpu {
+namespace {
+
+struct Scratch {
+    Scratch(Arena& arena, const Problem& p)
+        : rows(arena, p.head_dim),
+          value_ld(ceil_div(p.head_dim, kPanelRows) * kPanelRows),
+          keys(arena.take<float>(kTileKeys * p.head_dim)),
+          values(arena.take<float>(kTileKeys * value_ld)),
+          scores(arena.take<float>(kTileKeys * kScoreStride)),
+          out(arena.take<float>(kMaxRows * value_ld)),
+          threshold(arena.take<float>(kMaxRows)),
+          tie_index(arena.take<int32_t>(kMaxRows)),
+          mask(arena.take<RowMask>(1)),
+          state(arena.take<SoftmaxState>(1)) {}
+
+    QueryRows rows;
+    int64_t value_ld;
+    float* keys;
+    float* values;
+    float* scores;
+    float* out;  // [row][value_ld], not yet divided by the softmax sum
+    float* threshold;
+    int32_t* tie_index;
+    RowMask* mask;
+    SoftmaxState* state;
+};
+
+class TileAttention {
+  public:
+    TileAttention(const AttentionParams& params, const TileOps& ops, int64_t item, Scratch& scratch)
+        : params_(params), p_(params.problem), ops_(ops), s_(scratch) {
+        const int group = p_.group();
+        const int64_t positions = tile_positions(group), tiles = num_tiles(p_.query_len, group);
+        list_ = item;
+        tile_ = item % tiles;
+        kv_head_ = item / tiles % p_.kv_heads;
+        batch_ = item / tiles / p_.kv_heads;
+        span_ = tile_span(tile_, static_cast<int>(positions), p_.query_len, p_.kv_len);
+        const int64_t end = min_i64((tile_ + 1) * positions, p_.query_len);
+        s_.rows.clear();
+        for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
+            for (int64_t i = tile_ * positions; i < end; ++i) s_.rows.add(p_, h, i);
+    }
+
+    // Returns the ErrorBits of this tile's list.
+    uint32_t run() {
+        uint32_t errors = 0;
+        load_rows();
+        BlockWalk walk = make_walk(&errors);
+        for (BlockWalk::Step step; walk.next(&step);) visit(step);
+        store_rows();
+        return errors;
+    }
+
+  private:
+    bool has_threshold() const { return params_.threshold != nullptr; }
+    int64_t row_index(int row) const {
+        return (batch_ * p_.query_heads + s_.rows.head[row]) * p_.query_len + s_.rows.query[row];
+    }
+
+    void load_rows() {
+        s_.rows.load(ops_, p_, params_.query, batch_);
+        for (int row = 0; row < kMaxRows; ++row) {
+            s_.state->max[row] = -INFINITY;
+            s_.state->sum[row] = s_.state->sum_error[row] = 0.0f;
+        }
+        for (int64_t n = 0; n < s_.rows.panel_count() * kPanelRows * s_.value_ld; ++n)
+            s_.out[n] = 0.0f;
+        for (int row = 0; has_threshold() && row < s_.rows.count; ++row) {
+            s_.threshold[row] = params_.threshold[row_index(row)];
+            s_.tie_index[row] = params_.tie_index[row_index(row)];
+        }
+    }
+
+    BlockWalk make_walk(uint32_t* errors) const {
+        const Ranges ranges = p_.ranges();
+        const int64_t blocks = num_blocks(p_.kv_len);
+        BlockRange anchors = anchor_blocks(ranges, span_);
+        if (has_threshold())  // any visible key may have been selected
+            anchors = {0, p_.causal
+                              ? min_i64(blocks, ceil_div(max_i64(span_.last + 1, 0), kBlockKeys))
+                              : blocks};
+        BlockWalk walk(anchors, window_blocks(ranges, span_));
+        if (params_.block_indices != nullptr && params_.max_blocks > 0)
+            walk.set_list(params_.block_indices + list_ * params_.max_blocks,
+                          params_.block_counts[list_], params_.max_blocks, blocks, errors);
+        return walk;
+    }
+
+    void visit(BlockWalk::Step step) {
+        const Ranges ranges = p_.ranges();
+        BlockCover cover = block_cover(ranges, span_, step.block, step.listed);
+        if (cover == BlockCover::kNone && !has_threshold()) return;
+        const int64_t begin = step.block * kBlockKeys;
+        const int dim = static_cast<int>(p_.head_dim), panels = s_.rows.panel_count();
+        load_tile(ops_, p_, params_.key, batch_, kv_head_, begin, dim, s_.keys);
+        ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
+        if (cover != BlockCover::kFull) {
+            fill_mask(ranges, s_.rows, step.block, step.listed,
+                      has_threshold() ? s_.threshold : nullptr, s_.tie_index, s_.mask);
+            ops_.mask(*s_.mask, panels, s_.scores);
+        }
+        ops_.softmax(panels, s_.scores, s_.state);
+        const int ld = static_cast<int>(s_.value_ld);
+        if (load_tile(ops_, p_, params_.value, batch_, kv_head_, begin, ld, s_.values))
+            ops_.accumulate(s_.scores, s_.values, ld, s_.rows.count, s_.state->rescale, s_.out);
+        else
+            accumulate_nonzero();
+    }
+
+    // With infinite or NaN values, a key that a row does not attend must not add 0 * inf.
+    void accumulate_nonzero() {
+        for (int row = 0; row < s_.rows.count; ++row) {
+            float* out = s_.out + row * s_.value_ld;
+            for (int64_t d = 0; d < p_.head_dim; ++d) out[d] *= s_.state->rescale[row];
+            for (int key = 0; key < kTileKeys; ++key) {
+                float weight = s_.scores[key * kScoreStride + row];
+                if (weight == 0.0f) continue;
+                const float* value = s_.values + key * s_.value_ld;
+                for (int64_t d = 0; d < p_.head_dim; ++d) out[d] += weight * value[d];
+            }
+        }
+    }
+
+    void store_rows() {
+        for (int row = 0; row < s_.rows.count; ++row) {
+            const float sum = s_.state->sum[row];
+            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;  // nothing attended: output 0
+            const int64_t at = row_index(row);
+            const float* out = s_.out + row * s_.value_ld;
+            for (int64_t d = 0; d < p_.head_dim; ++d)
+                store_number(p_.dtype, params_.out, at * p_.head_dim + d, out[d] * inverse);
+            if (params_.lse != nullptr) params_.lse[at] = s_.state->max[row] + std::log(sum);
+        }
+    }
+
+    const AttentionParams& params_;
+    const Problem& p_;
+    const TileOps& ops_;
+    Scratch& s_;
+    int64_t list_, tile_, kv_head_, batch_;
+    TileSpan span_;
+};
+
+}  // namespace
+
+Status attention(const AttentionParams& params, const Executor& executor, uint32_t* errors) {
+    const Problem& p = params.problem;
+    const TileOps& ops = tile_ops();
+    std::atomic<uint32_t> all_errors{0};
+    Status status = for_each_item(
+        executor, p.batch * p.kv_heads * num_tiles(p.query_len, p.group()),
+        [&](Arena& arena) { return Scratch(arena, p); },
+        [&](int64_t item, Scratch& scratch) {
+            uint32_t bits = TileAttention(params, ops, item, scratch).run();
+            if (bits != 0) all_errors.fetch_or(bits, std::memory_order_relaxed);
+        });
+    *errors |= all_errors.load(std::memory_order_relaxed);
+    return status;
+}
+
+}  // namespace condensate::cpu
