@@ -49,7 +49,7 @@ def cuda_include() -> Path | None:
 
 def host_command(cuda: Path | None) -> list[str]:
     """g++ with every include folder that a host layer may use."""
-    command = ["g++", "-std=c++17", "-fsyntax-only", *WARNINGS, "-x", "c++"]
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-fvisibility=hidden", *WARNINGS, "-x", "c++"]
     command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
     torch, pybind = package_folder("torch"), package_folder("pybind11")
     if torch:

@@ -30,13 +30,15 @@ FAMILIES = {
     ),
 }
 
+# Leaves of host/ that every CPU layer needs: conversions of 16-bit numbers, making a Status.
+CPU_LEAVES = ("host/number.h", "host/status.h")
 LAYERS = {
     "torch": Layer(("torch", "include", "host"), ("torch",)),
     "python": Layer(("python", "include", "host"), ("pybind11",)),
     "include": Layer(("include",)),
     "host": Layer(("host", "include", "reference", "cpu", "kernels/launchers.h"), ("cuda",)),
-    "cpu": Layer(("cpu", "include")),
-    "reference": Layer(("reference", "include")),
+    "cpu": Layer(("cpu", "reference", "include", *CPU_LEAVES)),
+    "reference": Layer(("reference", "include", *CPU_LEAVES)),
     "kernels": Layer(("kernels", "device", "ptx", "include"), ("cuda",)),
     "device": Layer(("device", "ptx", "include"), ("cuda",)),
     "ptx": Layer(("ptx",), ("cuda",)),

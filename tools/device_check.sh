@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, for a machine with CUDA, torch and the build tools installed and no
+# network: builds for this GPU, then the sections named as arguments (default: all of them).
+#   tools/device_check.sh [test] [bench] [quick] [stages] [sanitize] [demo]
+# Logs and results go to $OUT (default build/device); a failed section does not stop the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+sections=${*:-test bench stages sanitize demo}
+mkdir -p "${OUT:-build/device}"
+out=$(cd "${OUT:-build/device}" && pwd)
+python=${PYTHON:-python3}
+build=build/device-build
+failed=()
+export PYTHONUNBUFFERED=1
+export CONDENSATE_ARCHS=${CONDENSATE_ARCHS:-90}
+
+# section NAME SECONDS COMMAND...: output to the log, its end to the terminal.
+section() {
+    local name=$1 limit=$2 began=$SECONDS
+    shift 2
+    timeout "$limit" "$@" >>"$out/$name.log" 2>&1
+    local status=$?
+    tail -n "${LINES_SHOWN:-25}" "$out/$name.log"
+    echo "== $name: exit $status, $((SECONDS - began)) s"
+    [ "$status" = 0 ] || failed+=("$name")
+    return "$status"
+}
+
+cpp_targets() {
+    cmake "$build" -DCONDENSATE_BUILD_BENCH=ON && cmake --build "$build" --target "$@"
+}
+
+sanitize() {
+    cpp_targets gpu_check || return 1
+    for tool in memcheck racecheck initcheck synccheck; do
+        echo "== compute-sanitizer $tool"
+        timeout 100 compute-sanitizer --tool "$tool" --error-exitcode 9 "$build/gpu_check" || return 1
+    done
+}
+
+stages() {
+    cpp_targets condensate_bench && timeout 60 "$build/condensate_bench" \
+        --benchmark_filter=cuda --benchmark_min_time=0.2 \
+        --benchmark_out="$out/stages.json" --benchmark_out_format=json
+}
+export -f cpp_targets sanitize stages
+export build out
+
+LINES_SHOWN=3 section build 400 "$python" -m pip install --no-build-isolation --no-index --no-deps \
+    -v -C "build-dir=$build" . || { grep -E 'error|FAILED' "$out/build.log" | head -n 40; exit 1; }
+for name in $sections; do
+    case $name in
+        test) section test 360 "$python" -m pytest -q -m gpu -x --durations=10 ;;
+        quick) section bench 60 "$python" -m bench.prefill --quick --budget-seconds 30 \
+            --output "$out/prefill.json" ;;
+        bench) section bench 240 "$python" -m bench.prefill --budget-seconds 150 \
+            --output "$out/prefill.json" &&
+            section bench 60 "$python" -m bench.plot "$out/prefill.json" "$out/prefill.png" ;;
+        stages) section stages 120 bash -c stages ;;
+        sanitize) section sanitize 450 bash -c sanitize ;;
+        demo) section demo 120 env -C "$out" "$python" -m condensate_ext demo ;;
+        *) echo "unknown section '$name'; use test, bench, quick, stages, sanitize or demo" && exit 2 ;;
+    esac
+done
+echo "device check: ${#failed[@]} sections failed ${failed[*]:-}"
+[ "${#failed[@]}" = 0 ]
