@@ -6,10 +6,6 @@
 
 namespace condensate::kernels::block_select {
 
-// The bounds of the first look and the masses of the second round differently; bounds get this
-// much slack before a block is ruled out by its bound.
-constexpr float kBoundSlack = 1.001f;
-
 // One minus the kept share of each pooled query's mass, for the queries of its pool.
 template <class Traits>
 __device__ void write_estimate(const BlockSelectParams& params, const device::TileRows& tile,
@@ -47,28 +43,28 @@ __device__ int select(const BlockSelectParams& params, SecondLook<Traits>& look,
     };
     int taken;
     if (eligible <= budget) {
-        taken = write_list(work.masses, work.num_blocks, 0, is_eligible_word, list, params.max_blocks);
+        taken = write_list(work.records, work.num_blocks, 0, is_eligible_word, list, params.max_blocks);
     } else if (budget == 0) {
         taken = 0;
     } else {
         auto* histogram = reinterpret_cast<uint32_t*>(look.buffers());
         // The true top blocks lie among those whose bound reaches the k-th mass; the blocks of the
         // k largest bounds give a lower limit for it.
-        Threshold bound = radix_threshold(work.masses, work.num_blocks, budget, histogram, is_bound);
+        Threshold bound = radix_threshold(work.records, work.num_blocks, budget, histogram, is_bound);
         look.run_where([&](uint32_t word) { return !(word & kExact) && word >= bound.key; });
-        Threshold mass = radix_threshold(work.masses, work.num_blocks, budget, histogram, is_exact);
+        Threshold mass = radix_threshold(work.records, work.num_blocks, budget, histogram, is_exact);
         float least = __uint_as_float(mass.key);
         int looked = look.run_where([&](uint32_t word) {
-            return !(word & kExact) && __uint_as_float(word) * kBoundSlack >= least;
+            return !(word & kExact) && __uint_as_float(word) >= least;
         });
         if (looked > 0)
-            mass = radix_threshold(work.masses, work.num_blocks, budget, histogram, is_exact);
+            mass = radix_threshold(work.records, work.num_blocks, budget, histogram, is_exact);
         auto rank = [&](uint32_t word) {
             uint32_t key;
             if (!is_exact(word, &key)) return 0;
             return key > mass.key ? 2 : key == mass.key ? 1 : 0;
         };
-        taken = write_list(work.masses, work.num_blocks, mass.ties, rank, list, params.max_blocks);
+        taken = write_list(work.records, work.num_blocks, mass.ties, rank, list, params.max_blocks);
     }
     return taken;
 }
@@ -133,8 +129,11 @@ __global__ void __launch_bounds__(Traits::kThreads, kCtasPerSm)
         work.ranges = ranges;
         work.span = tile.span();
         work.num_blocks = exists ? reachable_blocks(ranges, work.span.last) : 0;
-        work.masses = static_cast<uint32_t*>(params.workspace) +
-                      (int64_t{blockIdx.x} * Traits::kWarps + warp) * scratch_blocks;
+        char* scratch = static_cast<char*>(params.workspace) +
+                        (int64_t{blockIdx.x} * Traits::kWarps + warp) *
+                            tile_scratch_bytes(scratch_blocks, Traits::kChunkBlocks);
+        work.records = reinterpret_cast<BlockRecord*>(scratch);
+        work.checkpoints = reinterpret_cast<float*>(work.records + scratch_blocks);
         const int eligible = count_eligible<Traits>(work);
         const bool complete = eligible <= params.max_blocks;
 
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(Traits::kThreads, kCtasPerSm)
             sweep.run(rows, units_gmem, units, summary_dim, chunks);
         } else {
             for (int block = threadIdx.x & 31; block < work.num_blocks; block += 32)
-                work.masses[block] = is_eligible(ranges, work.span, block) ? 0 : kIneligible;
+                work.records[block].word = is_eligible(ranges, work.span, block) ? 0 : kIneligible;
         }
         __syncwarp();  // the warp's own words in scratch are written
         if (exists) {

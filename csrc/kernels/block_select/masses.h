@@ -105,6 +105,20 @@ struct RowNormaliser {
         return sum[m][half] > 0.0f ? ptx::rcp_approx(sum[m][half]) : 0.0f;
     }
 
+    // Adds one row's weights by block.
+    template <class Blocks>
+    __device__ void add(int m, int half, const float (&total)[Blocks::kCount],
+                        const bool (&eligible)[Blocks::kCount]) {
+        float weight = 0.0f;
+#pragma unroll
+        for (int v = 0; v < Blocks::kCount; ++v) {
+            float own = Blocks::owner() ? total[v] : 0.0f;
+            weight += own;
+            kept[m][half] += eligible[v] ? 0.0f : own;
+        }
+        sum[m][half] += device::quad_sum(weight);
+    }
+
     // Raises the maxima to cover these scores and rescales the sums to them.
     template <int kNTiles>
     __device__ void raise(const float (&s)[kMTiles][kNTiles][4], float scale_log2) {
@@ -157,8 +171,8 @@ __device__ __forceinline__ void weigh(float (&s)[kMTiles][kNTiles][4],
     }
 }
 
-// Maximum over the warp's rows: the eight row groups of lanes.
-__device__ __forceinline__ float rows_max(float x) {
+// Maximum over the eight rows that the lanes with the same lane % 4 hold.
+__device__ __forceinline__ float group_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 8));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 16));

@@ -69,10 +69,10 @@ struct SecondLook {
         if (accumulate_kept) return;
 #pragma unroll
         for (int v = 0; v < Blocks::kCount; ++v) {
-            uint32_t mass = __float_as_uint(rows_max(largest[v]));
+            uint32_t mass = __float_as_uint(group_max(largest[v]));
             int i = batch * Traits::kBatchBlocks + Blocks::index(v);
             if ((threadIdx.x & 31) < 4 && Blocks::owner() && i < count) {
-                sweep.work.masses[queue[i]] = mass | kExact;
+                sweep.work.records[queue[i]].word = mass | kExact;
             }
         }
     }
@@ -126,7 +126,7 @@ struct SecondLook {
         int lane = threadIdx.x & 31, queued = 0, looked = 0;
         for (int first = 0; first < sweep.work.num_blocks; first += 32) {
             int block = first + lane;
-            bool take = block < sweep.work.num_blocks && wanted(sweep.work.masses[block]);
+            bool take = block < sweep.work.num_blocks && wanted(sweep.work.records[block].word);
             unsigned takers = __ballot_sync(0xffffffffu, take);
             if (take) queue[queued + __popc(takers & ((1u << lane) - 1))] = block;
             queued += __popc(takers);

@@ -1,5 +1,6 @@
-// First look: every unit is scored once. Per tile and block this leaves an upper bound of the
-// block's mass in scratch, because the normaliser only knows the chunks seen so far.
+// First look: every unit is scored once. Masses need the rows' final normalisers, which are only
+// known at the end; so each block leaves its largest mass by the normalisers so far, per group of
+// eight rows, and checkpoints of the normalisers turn those into upper bounds afterwards.
 #pragma once
 
 #include "condensate/params.h"
@@ -9,24 +10,52 @@
 
 namespace condensate::kernels::block_select {
 
-// A tile's masses in scratch, one 32-bit word per block. Ordered as unsigned within each state:
-//   sign clear  an upper bound (float bits), sign set  the mass itself (float bits | kExact),
-//   kIneligible  may not be listed.
+// Rows that share a bound: accumulator rows 16 m + 8 half .. + 7, mostly one head's.
+constexpr int kRowGroups = 4;
+
+// What scratch holds for one block of a tile.
+union BlockRecord {
+    uint2 running;  // during the sweep: four bfloat16 masses by the normalisers at that time
+    uint32_t word;  // afterwards: see below
+};
+// Words, ordered as unsigned within each state. Sign clear: an upper bound of the mass (float
+// bits). Sign set: the mass itself (float bits | kExact). kIneligible: may not be listed.
 constexpr uint32_t kExact = 0x80000000u;
 constexpr uint32_t kIneligible = 0xffffffffu;
+
+// Checkpoints: every step at first, while normalisers still move fast, then every 16.
+CONDENSATE_HOST_DEVICE int checkpoint_of_step(int step) {
+    constexpr int kFine = 8, kCoarse = 16;
+    return step < kFine ? step : kFine + (step - kFine) / kCoarse;
+}
+// Bytes of one tile's scratch: a record per block, then 32 floats per checkpoint.
+CONDENSATE_HOST_DEVICE int64_t tile_scratch_bytes(int64_t num_blocks, int chunk_blocks) {
+    int64_t checkpoints =
+        1 + checkpoint_of_step(static_cast<int>(ceil_div(num_blocks, chunk_blocks)));
+    return num_blocks * static_cast<int64_t>(sizeof(BlockRecord)) +
+           checkpoints * 32 * static_cast<int64_t>(sizeof(float));
+}
 
 // What a warp knows of its tile.
 struct TileWork {
     Ranges ranges;
     TileSpan span;
     int num_blocks;  // blocks any of its queries can reach; 0 for a tile past the end
-    uint32_t* masses;
+    BlockRecord* records;
+    float* checkpoints;  // [checkpoint][row]: log2 of the row's normaliser
 };
+
+// Bounds get this much slack before a block is ruled out by its bound: they are rounded to bfloat16
+// (2^-9), and the second look rounds differently.
+constexpr float kBoundSlack = 1.01f;
 
 // The order of chunks: attention sinks first and then back from the diagonal, where most mass lies,
 // so that the normaliser is nearly final early and the bounds are tight.
 __device__ __forceinline__ int chunk_of_step(int step, int chunks) {
     return step == 0 ? 0 : chunks - step;
+}
+__device__ __forceinline__ int step_of_chunk(int chunk, int chunks) {
+    return chunk == 0 ? 0 : chunks - chunk;
 }
 
 template <class Traits>
@@ -90,7 +119,7 @@ struct Sweep {
                     if (lane_unit + 8 * n + (e & 1) >= visible[m][e >> 1]) s[m][n][e] = -INFINITY;
     }
 
-    // Scores one chunk that has landed in `stage` and writes the bounds of its blocks.
+    // Scores one chunk that has landed in `stage` and records its blocks.
     __device__ void chunk(Rows& rows, int chunk, int stage) const {
         float s[Traits::kMTiles][Traits::kNTiles][4];
         score(s, stage);
@@ -105,35 +134,79 @@ struct Sweep {
         for (int v = 0; v < Blocks::kCount; ++v) {
             eligible[v] = is_eligible(work.ranges, work.span, first_block + Blocks::index(v));
         }
-        float largest[Blocks::kCount] = {};
+        float largest[kRowGroups][Blocks::kCount];
 #pragma unroll
         for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float total[Blocks::kCount];
                 Blocks::sum(s[m], half, total);
-                float sum = 0.0f;
-#pragma unroll
-                for (int v = 0; v < Blocks::kCount; ++v) {
-                    float own = Blocks::owner() ? total[v] : 0.0f;
-                    sum += own;
-                    rows.kept[m][half] += eligible[v] ? 0.0f : own;
-                }
-                rows.sum[m][half] += device::quad_sum(sum);
+                rows.template add<Blocks>(m, half, total, eligible);
                 float inverse = rows.inverse(m, half);
 #pragma unroll
                 for (int v = 0; v < Blocks::kCount; ++v)
-                    largest[v] = fmaxf(largest[v], total[v] * inverse);
+                    largest[2 * m + half][v] = group_max(total[v] * inverse);
             }
         }
 #pragma unroll
         for (int v = 0; v < Blocks::kCount; ++v) {
-            uint32_t bound = __float_as_uint(rows_max(largest[v]));
             int block = first_block + Blocks::index(v);
             if ((threadIdx.x & 31) < 4 && Blocks::owner() && block < work.num_blocks) {
-                work.masses[block] = eligible[v] ? bound : kIneligible;
+                work.records[block].running = {
+                    device::pack2<__nv_bfloat16>(largest[0][v], largest[1][v]),
+                    device::pack2<__nv_bfloat16>(largest[2][v], largest[3][v])};
             }
         }
+    }
+
+    // Notes the normalisers after `step`.
+    __device__ void checkpoint(const Rows& rows, int step) const {
+        int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float log2_sum = rows.row_max[m][half] + __log2f(rows.sum[m][half]);
+                if ((lane & 3) == 0) {
+                    work.checkpoints[checkpoint_of_step(step) * 32 + 16 * m + 8 * half + lane / 4] =
+                        rows.sum[m][half] > 0.0f ? log2_sum : -INFINITY;
+                }
+            }
+        }
+    }
+
+    // Turns the records into upper bounds: a mass by the normaliser at a checkpoint shrinks at
+    // least by the largest ratio of checkpoint to final normaliser in its row group.
+    __device__ void bound(int chunks) const {
+        const int lane = threadIdx.x & 31;
+        const int last = checkpoint_of_step(chunks - 1);
+        __syncwarp();  // records and checkpoints are written
+        const float final_log2 = work.checkpoints[last * 32 + lane];
+        for (int c = 0; c <= last; ++c) {
+            float ratio = final_log2 == -INFINITY
+                              ? 0.0f
+                              : exp2f(fminf(work.checkpoints[c * 32 + lane] - final_log2, 0.0f));
+            for (int step = 1; step < 8; step *= 2)
+                ratio = fmaxf(ratio, __shfl_xor_sync(0xffffffffu, ratio, step));
+            __syncwarp();  // all lanes have read this checkpoint
+            if (lane % 8 == 0) work.checkpoints[c * 32 + lane / 8] = ratio;
+        }
+        __syncwarp();
+        for (int block = lane; block < work.num_blocks; block += 32) {
+            int step = step_of_chunk(block / Traits::kChunkBlocks, chunks);
+            const float* ratio = work.checkpoints + checkpoint_of_step(step) * 32;
+            uint2 running = work.records[block].running;
+            float largest = 0.0f;
+#pragma unroll
+            for (int g = 0; g < kRowGroups; ++g) {
+                uint32_t half_word = (g < 2 ? running.x : running.y) >> (16 * (g & 1)) << 16;
+                largest = fmaxf(largest, __uint_as_float(half_word) * ratio[g]);
+            }
+            work.records[block].word = is_eligible(work.ranges, work.span, block)
+                                           ? __float_as_uint(largest * kBoundSlack)
+                                           : kIneligible;
+        }
+        __syncwarp();
     }
 
     // All chunks of the CTA's tiles; `units_gmem` is [U, Ds] of the KV head. Ends with a barrier.
@@ -154,8 +227,11 @@ struct Sweep {
             if (step + 1 < chunks) load(step + 1);
             int c = chunk_of_step(step, chunks);
             if (c * Traits::kChunkBlocks < work.num_blocks) chunk(rows, c, step % Traits::kStages);
+            if (step + 1 == chunks || checkpoint_of_step(step) != checkpoint_of_step(step + 1))
+                checkpoint(rows, step);
         }
         __syncthreads();  // the stages are free for the second look
+        if (chunks > 0) bound(chunks);
     }
 };
 

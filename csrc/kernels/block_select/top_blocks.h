@@ -1,7 +1,9 @@
-// A warp's radix selection over its tile's words in scratch, and the list it ends in.
+// A warp's radix selection over its tile's records in scratch, and the list it ends in.
 #pragma once
 
 #include <cstdint>
+
+#include "kernels/block_select/sweep.h"
 
 namespace condensate::kernels::block_select {
 
@@ -10,10 +12,10 @@ struct Threshold {
     int ties;      // how many equal to it are among the k
 };
 
-// The k-th largest key among words[i], i < n, for which to_key(word, &key) is true. There must be
+// The k-th largest key among records[i].word, i < n, for which to_key(word, &key) is true. There must be
 // at least k of them, k >= 1. The whole warp calls it; `histogram` is its own 256 counters.
 template <class ToKey>
-__device__ Threshold radix_threshold(const uint32_t* words, int n, int k, uint32_t* histogram,
+__device__ Threshold radix_threshold(const BlockRecord* records, int n, int k, uint32_t* histogram,
                                      ToKey to_key) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;
@@ -23,7 +25,7 @@ __device__ Threshold radix_threshold(const uint32_t* words, int n, int k, uint32
         __syncwarp();
         for (int i = lane; i < n; i += 32) {
             uint32_t key;
-            if (to_key(words[i], &key) && (key & prefix_mask) == prefix)
+            if (to_key(records[i].word, &key) && (key & prefix_mask) == prefix)
                 atomicAdd(&histogram[key >> shift & 255], 1u);
         }
         __syncwarp();
@@ -53,7 +55,7 @@ __device__ Threshold radix_threshold(const uint32_t* words, int n, int k, uint32
 // Writes the ascending list of blocks that `rank(word)` puts above (2) or at (1) the threshold, the
 // latter only while `ties` last; pads with -1 and returns the count.
 template <class Rank>
-__device__ int write_list(const uint32_t* words, int n, int ties, Rank rank, int32_t* list,
+__device__ int write_list(const BlockRecord* records, int n, int ties, Rank rank, int32_t* list,
                           int64_t width) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;
@@ -61,7 +63,7 @@ __device__ int write_list(const uint32_t* words, int n, int ties, Rank rank, int
     int count = 0;
     for (int first = 0; first < n; first += 32) {
         int block = first + lane;
-        int r = block < n ? rank(words[block]) : 0;
+        int r = block < n ? rank(records[block].word) : 0;
         unsigned equal = __ballot_sync(kAll, r == 1);
         bool take = r == 2 || (r == 1 && __popc(equal & below) < ties);
         ties -= min(ties, __popc(equal));
