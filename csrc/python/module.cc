@@ -1,9 +1,10 @@
 // _C: facts of the build, of the devices and of the plans. Nothing here touches a tensor, and no
-// kernel is linked in: what a running call leaves behind is read through _ops, where the kernels are.
-#include <pybind11/pybind11.h>
-
+// kernel is linked in: what a running call leaves behind is read through _ops, where the kernels
+// are.
 #include <stdexcept>
 #include <string>
+
+#include <pybind11/pybind11.h>
 
 #include "host/device_info.h"
 #include "host/plan.h"
@@ -50,13 +51,15 @@ py::dict device_facts(int device_index) {
 }
 
 template <typename Enum, size_t kCount>
-Enum parse(const char* what, const std::string& name, const std::pair<const char*, Enum> (&known)[kCount]) {
+Enum parse(const char* what, const std::string& name,
+           const std::pair<const char*, Enum> (&known)[kCount]) {
     std::string names;
     for (const auto& [text, value] : known) {
         if (name == text) return value;
         names += std::string(names.empty() ? "\"" : ", \"") + text + "\"";
     }
-    throw py::value_error(std::string(what) + " is \"" + name + "\", expected one of " + names + ".");
+    throw py::value_error(std::string(what) + " is \"" + name + "\", expected one of " + names +
+                          ".");
 }
 
 Selector parse_selector(const std::string& name) {

@@ -1,13 +1,14 @@
 // attention, attention_forward and block_sparse_attention. The first two are one composition:
-// everything when the budget covers the keys, else selection by tokens or by blocks, then attention.
+// everything when the budget covers the keys, else selection by tokens or by blocks, then
+// attention.
+#include <torch/csrc/stable/ops.h>
+
 #include "condensate/condensate.h"
 #include "torch/exact_estimate.h"
 #include "torch/ops.h"
 #include "torch/policy.h"
 #include "torch/scratch.h"
 #include "torch/tensor_args.h"
-
-#include <torch/csrc/stable/ops.h>
 
 namespace condensate::ops {
 namespace {
@@ -42,8 +43,7 @@ Tensor allocate_rows(const Call& call, ScalarType type) {
 
 Tensor allocate_out(Call& call) {
     const Problem& p = call.attention.problem;
-    Tensor out = allocate(call.op, call.query,
-                          {p.batch, p.query_heads, p.query_len, p.head_dim},
+    Tensor out = allocate(call.op, call.query, {p.batch, p.query_heads, p.query_len, p.head_dim},
                           call.query.scalar_type());
     call.attention.out = out.mutable_data_ptr();
     return out;
@@ -99,17 +99,15 @@ void attend_selected_blocks(Call& call, const Details& details) {
 
     const int64_t heads = p.batch * p.kv_heads;
     const int64_t tiles = heads * num_tiles(p.query_len, p.group());
-    const int64_t summary_elements =
-        heads * summary_units(call.selector, p.kv_len) *
-        summary_dim(call.selector, static_cast<int>(p.head_dim));
+    const int64_t summary_elements = heads * summary_units(call.selector, p.kv_len) *
+                                     summary_dim(call.selector, static_cast<int>(p.head_dim));
     Scratch scratch;
-    const int64_t summaries = scratch.reserve(
-        summary_elements * static_cast<int64_t>(call.query.element_size()));
+    const int64_t summaries =
+        scratch.reserve(summary_elements * static_cast<int64_t>(call.query.element_size()));
     const int64_t indices =
         scratch.reserve(tiles * select.max_blocks * static_cast<int64_t>(sizeof(int32_t)));
     const int64_t counts = scratch.reserve(tiles * static_cast<int64_t>(sizeof(int32_t)));
-    const int64_t workspace =
-        scratch.reserve(block_select_workspace_bytes(select, call.executor));
+    const int64_t workspace = scratch.reserve(block_select_workspace_bytes(select, call.executor));
     scratch.allocate(call.op, call.query);
 
     BlockSummaryParams summary;
@@ -139,15 +137,18 @@ void attend_selected_blocks(Call& call, const Details& details) {
 
 void attend(Call& call, const Details& details) {
     if (details.lse) call.attention.lse = static_cast<float*>(details.lse->mutable_data_ptr());
+    // Before the composition changes ranges or sizes scratch by them.
+    check_status(validate(call.attention));
     const Problem& p = call.attention.problem;
-    if (budget_covers(p.ranges(), call.topk, call.selector)) return attend_everything(call, details);
+    if (budget_covers(p.ranges(), call.topk, call.selector))
+        return attend_everything(call, details);
     if (call.selector == Selector::kExact) return attend_selected_tokens(call, details);
     return attend_selected_blocks(call, details);
 }
 
 Call policy_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                 const Mask& mask, int64_t topk, const std::optional<double>& top_p,
-                 bool far_field, const std::string& selector_name) {
+                 const Mask& mask, int64_t topk, const std::optional<double>& top_p, bool far_field,
+                 const std::string& selector_name) {
     const Selector selector = parse_selector(op, selector_name);
     check_available(op, top_p, far_field);
     check_budget(op, topk, selector);
@@ -188,8 +189,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                                                   std::optional<double> scale) {
     const char* op = "block_sparse_attention";
     check_available(op, std::nullopt, far_field);
-    Call call = checked_call(op, query, key, value, {window, anchors, causal, scale},
-                             Selector::kBlock, 0);
+    Call call =
+        checked_call(op, query, key, value, {window, anchors, causal, scale}, Selector::kBlock, 0);
     const Problem& p = call.attention.problem;
     const int64_t tiles = num_tiles(p.query_len, p.group());
     if (block_indices.dim() != 4)

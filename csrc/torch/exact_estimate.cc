@@ -1,9 +1,9 @@
 #include "torch/exact_estimate.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <array>
 #include <limits>
+
+#include <torch/csrc/stable/ops.h>
 
 namespace condensate::ops {
 namespace {
@@ -13,7 +13,8 @@ using torch::stable::detail::to;
 
 void check_call(AOTITorchError error) {
     if (error != TORCH_SUCCESS)
-        throw std::runtime_error("attention_forward: torch failed while computing the omitted mass");
+        throw std::runtime_error(
+            "attention_forward: torch failed while computing the omitted mass");
 }
 
 void in_place(const char* name, Tensor& tensor) {

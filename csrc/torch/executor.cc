@@ -1,10 +1,10 @@
 // Where a call runs: torch's current CUDA stream, or torch's CPU threads.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "host/status.h"
 #include "torch/tensor_args.h"

@@ -1,12 +1,12 @@
 // The operators of the namespace condensate, one function per schema in library.cc.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <optional>
 #include <string>
 #include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
 
 namespace condensate::ops {
 

@@ -15,8 +15,9 @@ inline void check_available(const char* op, const std::optional<double>& top_p, 
                      ", but a mass threshold is not yet available; pass top_p=None and set the "
                      "budget with topk.");
     if (far_field)
-        fail(op, "far_field is True, but the pooled far field is not yet available; pass "
-                 "far_field=False.");
+        fail(op,
+             "far_field is True, but the pooled far field is not yet available; pass "
+             "far_field=False.");
 }
 
 inline void check_budget(const char* op, int64_t topk, Selector selector) {

@@ -22,8 +22,9 @@ void check_summaries(const Argument& summaries, const Argument& query, const Pro
                                "] for kv_len " + std::to_string(problem.kv_len) +
                                "; make it with block_summaries and the same selector.");
     if (!s.is_contiguous())
-        fail(summaries.op, "summaries is not contiguous, expected block_summaries' own result; "
-                           "call summaries.contiguous() first.");
+        fail(summaries.op,
+             "summaries is not contiguous, expected block_summaries' own result; "
+             "call summaries.contiguous() first.");
 }
 
 }  // namespace
@@ -80,11 +81,9 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     params.summaries = summaries.const_data_ptr();
     params.max_blocks = topk / kBlockKeys;
     const int64_t tiles = num_tiles(problem.query_len, problem.group());
-    Tensor indices =
-        allocate(op, query, {problem.batch, problem.kv_heads, tiles, params.max_blocks},
-                 ScalarType::Int);
-    Tensor counts =
-        allocate(op, query, {problem.batch, problem.kv_heads, tiles}, ScalarType::Int);
+    Tensor indices = allocate(
+        op, query, {problem.batch, problem.kv_heads, tiles, params.max_blocks}, ScalarType::Int);
+    Tensor counts = allocate(op, query, {problem.batch, problem.kv_heads, tiles}, ScalarType::Int);
     params.block_indices = static_cast<int32_t*>(indices.mutable_data_ptr());
     params.block_counts = static_cast<int32_t*>(counts.mutable_data_ptr());
 

@@ -28,14 +28,22 @@ std::string sizes_string(const int64_t* sizes, size_t count) {
 // torch's Python names for the dtypes that callers meet here.
 std::string dtype_string(ScalarType type) {
     switch (type) {
-        case ScalarType::Half: return "float16";
-        case ScalarType::BFloat16: return "bfloat16";
-        case ScalarType::Float: return "float32";
-        case ScalarType::Double: return "float64";
-        case ScalarType::Int: return "int32";
-        case ScalarType::Long: return "int64";
-        case ScalarType::Byte: return "uint8";
-        default: return toString(type);
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Byte:
+            return "uint8";
+        default:
+            return toString(type);
     }
 }
 
@@ -69,10 +77,14 @@ ConstTensor4 view4(const Argument& a) {
 
 DType element_type(const Argument& a) {
     switch (a.tensor.scalar_type()) {
-        case ScalarType::Half: return DType::kFloat16;
-        case ScalarType::BFloat16: return DType::kBFloat16;
-        case ScalarType::Float: return DType::kFloat32;
-        default: break;
+        case ScalarType::Half:
+            return DType::kFloat16;
+        case ScalarType::BFloat16:
+            return DType::kBFloat16;
+        case ScalarType::Float:
+            return DType::kFloat32;
+        default:
+            break;
     }
     fail(a.op, std::string(a.name) + " has dtype " + dtype_string(a.tensor.scalar_type()) +
                    ", expected float16, bfloat16 or float32; convert it with " + a.name + ".to().");
@@ -116,8 +128,9 @@ Selector parse_selector(const char* op, const std::string& name) {
     if (name == "quest") return Selector::kQuest;
     if (name == "mean") return Selector::kMean;
     if (name == "exact") return Selector::kExact;
-    fail(op, "selector is \"" + name +
-                 "\", expected \"block\", \"quest\", \"mean\" or \"exact\"; \"block\" is the default.");
+    fail(op,
+         "selector is \"" + name +
+             "\", expected \"block\", \"quest\", \"mean\" or \"exact\"; \"block\" is the default.");
 }
 
 float resolve_scale(const std::optional<double>& scale, int64_t head_dim) {

@@ -2,12 +2,12 @@
 // A failed check throws; torch hands the text to Python as an exception.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
+
+#include <torch/csrc/stable/tensor.h>
 
 #include "condensate/params.h"
 

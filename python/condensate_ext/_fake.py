@@ -6,6 +6,9 @@ may be symbolic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,7 +111,7 @@ def _merge_states(
     return _out(out_a), _rows(out_a)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "attention_forward": _attention_forward,
     "block_summaries": _block_summaries,

@@ -14,7 +14,7 @@ _MESSAGE_BYTES = 512
 
 
 class ErrorWord(enum.IntFlag):
-    """What was found wrong in tensor *contents* since the word was last cleared. The entry was skipped."""
+    """What was wrong in tensor *contents* since the word was last cleared; it was skipped."""
 
     NONE = 0
     BLOCK_INDEX = 1

@@ -53,7 +53,7 @@ def _build(findings: _Findings) -> Iterator[Line]:
     if info["cuda"]:
         yield "CUDA kernels", f"nvcc {info['cuda_version']} for sm_{info['architectures']}"
     else:
-        yield "CUDA kernels", "none in this build: CPU only (nvcc was not found or was switched off)"
+        yield "CUDA kernels", "none in this build (nvcc was not found or was switched off)"
         if torch.cuda.is_available():
             findings.missing(
                 "this machine has a GPU but the build has no CUDA kernels; put nvcc on PATH and "
@@ -97,7 +97,8 @@ def _self_check(findings: _Findings) -> Iterator[Line]:
         yield "self-check", "left out: the operators are not loaded"
         return
     devices = ["cpu"]
-    if torch.cuda.is_available() and importlib.import_module("condensate_ext._C").build_info()["cuda"]:
+    has_kernels = importlib.import_module("condensate_ext._C").build_info()["cuda"]
+    if torch.cuda.is_available() and has_kernels:
         devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
         try:

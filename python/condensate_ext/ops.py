@@ -232,7 +232,7 @@ def select_tokens(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Finds, for every query and head, the ``topk`` highest-scoring keys outside anchors and window.
+    """Finds the ``topk`` highest-scoring keys outside anchors and window, per query and head.
 
     The set is kept as a pair: such a key ``j`` is selected when its score ``scale * q·k`` exceeds
     ``threshold``, or equals it and ``j <= tie_index``. Scores that are NaN are never selected.
@@ -247,8 +247,8 @@ def select_tokens(
         scale: as for :func:`attention`.
 
     Returns:
-        A tuple of ``threshold`` ``[B, Hq, Lq]`` float32, ``-inf`` where fewer than ``topk`` keys can
-        be selected, and ``tie_index`` ``[B, Hq, Lq]`` int32.
+        A tuple of ``threshold`` ``[B, Hq, Lq]`` float32, ``-inf`` where fewer than ``topk`` keys
+        can be selected, and ``tie_index`` ``[B, Hq, Lq]`` int32.
 
     Raises:
         ValueError: an argument is invalid.
