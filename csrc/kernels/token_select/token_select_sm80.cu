@@ -308,9 +308,8 @@ Status launch_token_select(const TokenSelectParams& params, const LaunchContext&
 Status token_select_sm80(const TokenSelectParams& params, const LaunchContext& context) {
     Status status = check_sweep("token_select_sm80", params.problem, params.query, params.key);
     if (!status.ok()) return status;
-    TokenSelectParams bounded = params;  // a window past all keys means the same, and cannot overflow
-    bounded.problem.window =
-        min_i64(params.problem.window, params.problem.kv_len + params.problem.query_len);
+    TokenSelectParams bounded = params;
+    bounded.problem = bound_window(params.problem);
     return with_sweep_shape(params.problem, [&](auto type, auto dim) {
         return launch_token_select<typename decltype(type)::type, decltype(dim)::value>(bounded,
                                                                                        context);
