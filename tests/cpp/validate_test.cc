@@ -1,0 +1,168 @@
+// Every message names the argument, its value, what is allowed and the fix.
+#include "host/validate.h"
+
+#include <cmath>
+#include <string>
+
+#include <gtest/gtest.h>
+
+#include "call.h"
+
+namespace condensate::testing {
+namespace {
+
+Call valid_call() { return Call({DType::kFloat16, 1, 2, 4, 10, 100, 64, 8, 4, true, 0}); }
+
+template <class Params>
+std::string message_of(const Params& params) {
+    Status status = validate(params);
+    EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
+    return status.message;
+}
+
+// The message for an attention call whose problem was changed.
+template <class Change>
+std::string message_after(const Change& change) {
+    Call call = valid_call();
+    AttentionParams params = call.attention();
+    change(params);
+    return message_of(params);
+}
+
+TEST(Validate, GoodCallsPass) {
+    Call call = valid_call();
+    EXPECT_TRUE(validate(call.attention()).ok());
+    EXPECT_TRUE(validate(call.select_tokens(5)).ok());
+    EXPECT_TRUE(validate(call.block_summaries(Selector::kQuest)).ok());
+    EXPECT_TRUE(validate(call.select_blocks(Selector::kQuest, 3)).ok());
+    EXPECT_TRUE(validate(call.omitted_mass()).ok());
+    EXPECT_TRUE(validate(MergeStatesParams{DType::kFloat32, 0, 8}).ok());
+}
+
+TEST(Validate, EmptyTensorsMayBeNull) {
+    AttentionParams params;
+    params.problem.query_heads = params.problem.kv_heads = 1;
+    params.problem.head_dim = 8;
+    params.problem.query_len = 3;
+    EXPECT_TRUE(validate(params).ok()) << "batch 0";
+    params.problem.batch = 1;
+    EXPECT_FALSE(validate(params).ok()) << "null query";
+    params.problem.query_len = 0;
+    params.problem.kv_len = 3;
+    EXPECT_TRUE(validate(params).ok()) << "no query, so the keys are never read";
+}
+
+TEST(Validate, Sizes) {
+    EXPECT_EQ(message_after([](auto& p) { p.problem.batch = -1; }),
+              "attention: batch is -1, expected 0 <= batch < 2^31; split the call.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.kv_len = int64_t{1} << 31; }),
+              "attention: kv_len is 2147483648, expected 0 <= kv_len < 2^31; split the call.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.query_len = -5; }),
+              "attention: query_len is -5, expected 0 <= query_len < 2^31; split the call.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.dtype = static_cast<DType>(7); }),
+              "attention: dtype code is 7, expected float16 (0), bfloat16 (1) or float32 (2); "
+              "convert the tensors first.");
+}
+
+TEST(Validate, Heads) {
+    EXPECT_EQ(message_after([](auto& p) { p.problem.query_heads = 7; }),
+              "attention: query has 7 heads and key has 2, expected at least one of each and a "
+              "query head count that is a multiple of the key's; check that the tensors are "
+              "[batch, heads, seq, head_dim].");
+    EXPECT_NE(message_after([](auto& p) { p.problem.kv_heads = 0; }).find("key has 0"),
+              std::string::npos);
+    EXPECT_EQ(message_after([](auto& p) { p.problem.query_heads = 130; }),
+              "attention: 65 query heads share one key head, expected at most 64; split the query "
+              "heads over several calls.");
+}
+
+TEST(Validate, HeadDim) {
+    EXPECT_EQ(message_after([](auto& p) { p.problem.head_dim = 100; }),
+              "attention: head_dim is 100, expected a multiple of 8 from 8 to 256; pad the last "
+              "dimension with zeros to 104 and keep the scale of the unpadded size.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.head_dim = 264; }),
+              "attention: head_dim is 264, expected a multiple of 8 from 8 to 256; use heads of at "
+              "most 256 elements.");
+    EXPECT_NE(message_after([](auto& p) { p.problem.head_dim = 0; }).find("head_dim is 0"),
+              std::string::npos);
+}
+
+TEST(Validate, RangesAndScale) {
+    EXPECT_EQ(message_after([](auto& p) { p.problem.window = -1; }),
+              "attention: window is -1, expected 0 <= window < 2^31; pass 0 for none.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.anchors = -3; }),
+              "attention: anchors is -3, expected 0 <= anchors < 2^31; pass 0 for none.");
+    EXPECT_EQ(message_after([](auto& p) { p.problem.scale = INFINITY; }),
+              "attention: scale is inf, expected a finite number; pass None for 1/sqrt(head_dim).");
+    Call call = valid_call();
+    call.problem.scale = -1.0f;
+    EXPECT_TRUE(validate(call.attention()).ok());
+    EXPECT_EQ(message_of(call.select_blocks(Selector::kMean, 1)),
+              "select_blocks: scale is -1, expected scale > 0 because blocks are ranked by "
+              "exp(scale * score); negate the query instead.");
+}
+
+TEST(Validate, OrderIsFixed) {
+    // Of several faults the first in the order of checks is named.
+    EXPECT_NE(message_after([](auto& p) {
+                  p.query.data = nullptr;
+                  p.problem.window = -1;
+                  p.problem.head_dim = 3;
+              }).find("head_dim"),
+              std::string::npos);
+}
+
+TEST(Validate, Budget) {
+    EXPECT_TRUE(validate_budget(1728, Selector::kBlock).ok());
+    EXPECT_TRUE(validate_budget(1000, Selector::kExact).ok());
+    EXPECT_STREQ(validate_budget(1000, Selector::kQuest).message,
+                 "topk is 1000, expected a multiple of 64 for the block selectors; pass 960 or "
+                 "1024, or selector=\"exact\", which takes any number of keys.");
+    EXPECT_STREQ(validate_budget(-64, Selector::kBlock).message,
+                 "topk is -64, expected 0 <= topk < 2^31; pass 0 to select nothing.");
+}
+
+TEST(Validate, StageArguments) {
+    Call call = valid_call();
+    EXPECT_EQ(message_of(call.block_summaries(Selector::kExact)),
+              "block_summaries: selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; "
+              "\"exact\" selects single keys: use select_tokens.");
+    BlockSelectParams select = call.select_blocks(Selector::kBlock, 2);
+    select.max_blocks = -1;
+    EXPECT_EQ(message_of(select),
+              "select_blocks: max_blocks is -1, expected 0 <= max_blocks < 2^31; pass topk / 64.");
+    OmittedMassParams omitted = call.omitted_mass();
+    omitted.num_rows = 4;
+    EXPECT_EQ(message_of(omitted),
+              "omitted_mass: num_rows is 4 without rows, expected query_len (10); pass the query "
+              "indices to audit as rows.");
+    EXPECT_EQ(message_of(MergeStatesParams{DType::kFloat32, -2, 8}),
+              "merge_states: rows is -2, expected rows >= 0; pass batch * heads * query_len.");
+}
+
+TEST(Validate, PairsAndPointers) {
+    int32_t list[4] = {};
+    float number = 0;
+    EXPECT_EQ(message_after([&](auto& p) {
+                  p.max_blocks = 1;
+                  p.block_indices = list;
+              }),
+              "attention: only one of block_indices and block_counts is given, expected both or "
+              "neither; pass both results of the selection.");
+    EXPECT_NE(message_after([&](auto& p) { p.threshold = &number; }).find("tie_index"),
+              std::string::npos);
+    EXPECT_EQ(message_after([&](auto& p) {
+                  p.max_blocks = 1;
+                  p.block_indices = p.block_counts = p.tie_index = list;
+                  p.threshold = &number;
+              }),
+              "attention: both block_indices and threshold are given, expected at most one "
+              "selection; drop one of them.");
+    EXPECT_EQ(message_after([](auto& p) { p.value.data = nullptr; }),
+              "attention: value is null, expected a pointer to 12800 elements; allocate it.");
+    EXPECT_NE(message_after([](auto& p) { p.max_blocks = 3; }).find("block_indices is null"),
+              std::string::npos);
+}
+
+}  // namespace
+}  // namespace condensate::testing
