@@ -38,7 +38,7 @@ Status choose_selector(const BlockSelectParams& params, const LaunchContext& con
 }  // namespace
 
 int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int sm_count) {
-    // The smallest chunk of any instantiation has the most checkpoints: 32 units.
+    // The smallest chunk of any instantiation has the most periods: 32 units.
     int chunk_blocks = 32 / units_per_block(params.selector);
     return persistent_ctas(params, sm_count) * 4 *
            block_select::tile_scratch_bytes(num_blocks(params.problem.kv_len), chunk_blocks);

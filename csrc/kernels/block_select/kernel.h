@@ -16,9 +16,9 @@ __device__ void write_estimate(const BlockSelectParams& params, const device::Ti
     for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float kept = device::quad_sum(rows.kept[m][half]);
-            float sum = rows.sum[m][half];
-            float omitted = complete || sum == 0.0f ? 0.0f : fmaxf(1.0f - kept / sum, 0.0f);
+            float kept = device::quad_sum(rows.kept[m][half]) * rows.inverse[m][half];
+            bool none = complete || rows.inverse[m][half] == 0.0f;
+            float omitted = none ? 0.0f : fmaxf(1.0f - kept, 0.0f);
             int row = 16 * m + 8 * half + lane / 4;
             int position = lane & 3;
             if (position >= pooled.size(tile, row)) continue;
@@ -29,56 +29,65 @@ __device__ void write_estimate(const BlockSelectParams& params, const device::Ti
     }
 }
 
-// From the bounds in scratch to the tile's list.
+struct TileList {
+    int32_t* entries;
+    int count;
+};
+
+// From the records in scratch to the tile's list. The true top blocks lie among those whose bound
+// reaches the k-th mass. Round 0 looks at the blocks of the k largest bounds (and a few more): the
+// k-th of their masses limits it from below. Round 1 looks at every other block whose bound reaches
+// that limit. Round 2 only adds up what the listed blocks hold, for the estimate.
 template <class Traits>
-__device__ int select(const BlockSelectParams& params, SecondLook<Traits>& look, int eligible,
-                      int32_t* list) {
+__device__ void select(const BlockSelectParams& params, SecondLook<Traits>& look, TileList& list) {
     const TileWork& work = look.sweep.work;
-    const int budget = static_cast<int>(params.max_blocks);
-    auto is_eligible_word = [](uint32_t word) { return word == kIneligible ? 0 : 2; };
+    const int lane = threadIdx.x & 31, budget = static_cast<int>(params.max_blocks);
+    int* queue = look.sweep.smem.queue[threadIdx.x / 32];
+    auto* histogram = reinterpret_cast<uint32_t*>(look.buffers());
     auto is_bound = [](uint32_t word, uint32_t* key) { return !((*key = word) & kExact); };
     auto is_exact = [](uint32_t word, uint32_t* key) {
         *key = word & ~kExact;
         return (word & kExact) && word != kIneligible;
     };
-    int taken;
-    if (eligible <= budget) {
-        taken = write_list(work.records, work.num_blocks, 0, is_eligible_word, list, params.max_blocks);
-    } else if (budget == 0) {
-        taken = 0;
-    } else {
-        auto* histogram = reinterpret_cast<uint32_t*>(look.buffers());
-        // The true top blocks lie among those whose bound reaches the k-th mass; the blocks of the
-        // k largest bounds give a lower limit for it.
-        Threshold bound = radix_threshold(work.records, work.num_blocks, budget, histogram, is_bound);
-        look.run_where([&](uint32_t word) { return !(word & kExact) && word >= bound.key; });
-        Threshold mass = radix_threshold(work.records, work.num_blocks, budget, histogram, is_exact);
-        float least = __uint_as_float(mass.key);
-        int looked = look.run_where([&](uint32_t word) {
-            return !(word & kExact) && __uint_as_float(word) >= least;
-        });
-        if (looked > 0)
-            mass = radix_threshold(work.records, work.num_blocks, budget, histogram, is_exact);
+    uint32_t least =
+        radix_threshold<16>(work.records, work.num_blocks, budget, histogram, is_bound).key;
+#pragma unroll 1
+    for (int round = 0; round < (work.track_kept ? 3 : 2); ++round) {
+        look.accumulate_kept = round == 2;
+        const int candidates = round == 2 ? list.count : work.num_blocks;
+        int queued = 0;
+        for (int first = 0; first < candidates; first += 32) {
+            int block = first + lane;
+            bool take = block < candidates;
+            if (take && round < 2) {
+                uint32_t word = work.records[block].word;
+                take = !(word & kExact) && word >= least;
+            }
+            unsigned takers = __ballot_sync(0xffffffffu, take);
+            if (take) {
+                queue[queued + __popc(takers & ((1u << lane) - 1))] =
+                    round == 2 ? list.entries[block] : block;
+            }
+            queued += __popc(takers);
+            __syncwarp();
+            if (queued > Traits::kQueueBlocks - 32 || (queued > 0 && first + 32 >= candidates)) {
+                look.run(queue, queued);
+                queued = 0;
+            }
+        }
+        if (round == 2) break;
+        Threshold mass =
+            radix_threshold<0>(work.records, work.num_blocks, budget, histogram, is_exact);
+        least = mass.key;
+        if (round == 0) continue;
         auto rank = [&](uint32_t word) {
             uint32_t key;
             if (!is_exact(word, &key)) return 0;
             return key > mass.key ? 2 : key == mass.key ? 1 : 0;
         };
-        taken = write_list(work.records, work.num_blocks, mass.ties, rank, list, params.max_blocks);
-    }
-    return taken;
-}
-
-// Adds the listed blocks' weights to the rows' kept sums.
-template <class Traits>
-__device__ void add_listed(SecondLook<Traits>& look, const int32_t* list, int count) {
-    int* queue = look.sweep.smem.queue[threadIdx.x / 32];
-    look.accumulate_kept = true;
-    for (int first = 0; first < count; first += Traits::kQueueBlocks) {
-        int entries = min(count - first, Traits::kQueueBlocks);
-        for (int i = threadIdx.x & 31; i < entries; i += 32) queue[i] = list[first + i];
-        __syncwarp();
-        look.run(queue, entries);
+        list.count = write_list(work.records, work.num_blocks, mass.ties, rank, list.entries,
+                                params.max_blocks);
+        __syncwarp();  // the list is written
     }
 }
 
@@ -133,7 +142,8 @@ __global__ void __launch_bounds__(Traits::kThreads, kCtasPerSm)
                         (int64_t{blockIdx.x} * Traits::kWarps + warp) *
                             tile_scratch_bytes(scratch_blocks, Traits::kChunkBlocks);
         work.records = reinterpret_cast<BlockRecord*>(scratch);
-        work.checkpoints = reinterpret_cast<float*>(work.records + scratch_blocks);
+        work.references = reinterpret_cast<float*>(work.records + record_slots(scratch_blocks));
+        work.track_kept = params.omitted_mass_estimate != nullptr;
         const int eligible = count_eligible<Traits>(work);
         const bool complete = eligible <= params.max_blocks;
 
@@ -157,13 +167,17 @@ __global__ void __launch_bounds__(Traits::kThreads, kCtasPerSm)
         }
         __syncwarp();  // the warp's own words in scratch are written
         if (exists) {
-            int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
-            int count = select<Traits>(params, look, eligible, list);
-            if ((threadIdx.x & 31) == 0) params.block_counts[tile.tile_index] = count;
-            if (params.omitted_mass_estimate) {
-                if (!complete) add_listed(look, list, count);
-                write_estimate<Traits>(params, tile, pooled, rows, complete);
+            TileList list = {params.block_indices + tile.tile_index * params.max_blocks, 0};
+            if (complete || params.max_blocks == 0) {
+                auto rank = [](uint32_t word) { return word == kIneligible ? 0 : 2; };
+                list.count = write_list(work.records, complete ? work.num_blocks : 0, 0, rank,
+                                        list.entries, params.max_blocks);
+            } else {
+                select<Traits>(params, look, list);
             }
+            if ((threadIdx.x & 31) == 0) params.block_counts[tile.tile_index] = list.count;
+            if (params.omitted_mass_estimate)
+                write_estimate<Traits>(params, tile, pooled, rows, complete);
         }
         __syncthreads();  // queries and stages are free for the next item
     }

@@ -1,6 +1,8 @@
 // From unit scores in accumulator layout to the softmax mass of blocks, per pooled query and tile.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <cfloat>
 #include <cmath>
 
@@ -83,76 +85,89 @@ private:
     }
 };
 
-// Softmax normaliser of each of a lane's rows, grown chunk by chunk.
+// Softmax normaliser of each of a lane's rows, grown chunk by chunk, and the reference by which
+// masses are expressed until the final normaliser is known.
 template <int kMTiles>
 struct RowNormaliser {
-    float row_max[kMTiles][2];  // log2 units
-    float sum[kMTiles][2];      // relative to row_max; the same on all lanes of a quad
-    float kept[kMTiles][2];     // of sum, in blocks that need no selection; this lane's blocks only
+    float exponent[kMTiles][2];  // log2 units: weights are 2^(score * scale_log2 - exponent)
+    float sum[kMTiles][2];       // of this lane's blocks' weights
+    float kept[kMTiles][2];      // the part of it in blocks that need no selection
+    float inverse[kMTiles][2];   // weight -> mass by the reference
 
     __device__ RowNormaliser() {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                row_max[m][half] = -INFINITY;
+                exponent[m][half] = -INFINITY;
                 sum[m][half] = kept[m][half] = 0.0f;
+                inverse[m][half] = 1.0f;
             }
         }
-    }
-
-    __device__ float inverse(int m, int half) const {
-        return sum[m][half] > 0.0f ? ptx::rcp_approx(sum[m][half]) : 0.0f;
     }
 
     // Adds one row's weights by block.
     template <class Blocks>
-    __device__ void add(int m, int half, const float (&total)[Blocks::kCount],
-                        const bool (&eligible)[Blocks::kCount]) {
-        float weight = 0.0f;
+    __device__ void add(int m, int half, const float (&total)[Blocks::kCount]) {
+        float weight = total[0];
 #pragma unroll
-        for (int v = 0; v < Blocks::kCount; ++v) {
-            float own = Blocks::owner() ? total[v] : 0.0f;
-            weight += own;
-            kept[m][half] += eligible[v] ? 0.0f : own;
-        }
-        sum[m][half] += device::quad_sum(weight);
+        for (int v = 1; v < Blocks::kCount; ++v) weight += total[v];
+        sum[m][half] += Blocks::owner() ? weight : 0.0f;
+    }
+    template <class Blocks>
+    __device__ void keep(int m, int half, const float (&total)[Blocks::kCount],
+                         const bool (&kept_block)[Blocks::kCount]) {
+#pragma unroll
+        for (int v = 0; v < Blocks::kCount; ++v)
+            kept[m][half] += kept_block[v] && Blocks::owner() ? total[v] : 0.0f;
     }
 
-    // Raises the maxima to cover these scores and rescales the sums to them.
+    // Raises exponents that these scores exceed by more than kHeadroom; weights stay below
+    // 2^kHeadroom, far from overflow, and most chunks need no quad reduction and no rescaling.
     template <int kNTiles>
     __device__ void raise(const float (&s)[kMTiles][kNTiles][4], float scale_log2) {
-        bool changed = false;
-        float current[kMTiles][2];
+        constexpr float kHeadroom = 8.0f;
+        bool exceeded = false;
+        float largest[kMTiles][2];
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float largest = -INFINITY;
+                float x = -INFINITY;
 #pragma unroll
                 for (int n = 0; n < kNTiles; ++n)
-                    largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-                largest = fminf(device::quad_max(largest) * scale_log2, FLT_MAX);
-                current[m][half] = fmaxf(row_max[m][half], largest);
-                changed |= current[m][half] != row_max[m][half];
+                    x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                largest[m][half] = x * scale_log2;
+                exceeded |= largest[m][half] > exponent[m][half] + kHeadroom;
             }
         }
-        if (!__any_sync(0xffffffffu, changed)) return;
+        if (!__any_sync(0xffffffffu, exceeded)) return;
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float reference = device::finite_reference(current[m][half]);
-                float factor = ptx::exp2_approx(row_max[m][half] - reference);
-                row_max[m][half] = current[m][half];
-                sum[m][half] *= factor;
-                kept[m][half] *= factor;
+                float previous = exponent[m][half];
+                float current = fminf(fmaxf(previous, device::quad_max(largest[m][half])), FLT_MAX);
+                float shift = device::finite_reference(current) - device::finite_reference(previous);
+                exponent[m][half] = current;
+                sum[m][half] *= ptx::exp2_approx(-shift);
+                kept[m][half] *= ptx::exp2_approx(-shift);
+                inverse[m][half] *= ptx::exp2_approx(shift);
             }
         }
+    }
+
+    // Makes the normaliser so far the reference and returns its log2: -inf when nothing was seen
+    // and `is_final`, else 0 is as good a reference as any.
+    __device__ float refer(int m, int half, bool is_final) {
+        float total = device::quad_sum(sum[m][half]);
+        inverse[m][half] = total > 0.0f ? 1.0f / total : is_final ? 0.0f : 1.0f;
+        float exponent_now = device::finite_reference(exponent[m][half]);
+        return total > 0.0f ? exponent_now + log2f(total) : is_final ? -INFINITY : exponent_now;
     }
 };
 
-// Scores -> weights 2^(score * scale_log2 - row_max), in place.
+// Scores -> weights 2^(score * scale_log2 - exponent), in place.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void weigh(float (&s)[kMTiles][kNTiles][4],
                                       const RowNormaliser<kMTiles>& rows, float scale_log2) {
@@ -160,7 +175,7 @@ __device__ __forceinline__ void weigh(float (&s)[kMTiles][kNTiles][4],
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float reference = device::finite_reference(rows.row_max[m][half]);
+            float reference = device::finite_reference(rows.exponent[m][half]);
 #pragma unroll
             for (int n = 0; n < kNTiles; ++n) {
 #pragma unroll
@@ -171,11 +186,22 @@ __device__ __forceinline__ void weigh(float (&s)[kMTiles][kNTiles][4],
     }
 }
 
-// Maximum over the eight rows that the lanes with the same lane % 4 hold.
+// Maximum over the eight rows that the lanes with the same lane % 4 hold, of two bfloat16 at once.
+__device__ __forceinline__ uint32_t group_max2(uint32_t x) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+        uint32_t other = __shfl_xor_sync(0xffffffffu, x, step);
+        __nv_bfloat162 larger = __hmax2(*reinterpret_cast<__nv_bfloat162*>(&x),
+                                        *reinterpret_cast<__nv_bfloat162*>(&other));
+        x = *reinterpret_cast<uint32_t*>(&larger);
+    }
+    return x;
+}
 __device__ __forceinline__ float group_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 4));
-    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 8));
-    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 16));
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
 }
 
 }  // namespace condensate::kernels::block_select

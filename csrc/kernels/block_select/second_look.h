@@ -35,11 +35,14 @@ struct SecondLook {
 
     __device__ void load(const int* queue, int count, int batch) const {
         constexpr int kChunks = Traits::kDim / 8;
+        const int lane = threadIdx.x & 31, chunk = lane % kChunks;
+        const bool in_columns = chunk * 8 < summary_dim;
         uint32_t tile = buffer_smem(batch);
-        for (int i = threadIdx.x & 31; i < Traits::kBatchUnits * kChunks; i += 32) {
-            int row = i / kChunks, chunk = i % kChunks;
+#pragma unroll
+        for (int i = 0; i < Traits::kBatchUnits * kChunks / 32; ++i) {
+            int row = lane / kChunks + i * (32 / kChunks);
             int block = block_of(queue, count, batch, row);
-            bool copy = block >= 0 && chunk * 8 < summary_dim;
+            bool copy = block >= 0 && in_columns;
             int64_t unit = int64_t{block} * Traits::kUnitsPerBlock + row % Traits::kUnitsPerBlock;
             ptx::cp_async_16(tile + device::tile_offset<Traits::kDim>(row, chunk),
                              copy ? units_gmem + unit * summary_dim + chunk * 8 : units_gmem, copy);
@@ -50,7 +53,9 @@ struct SecondLook {
         constexpr int kNTiles = Traits::kBatchUnits / 8;
         float s[Traits::kMTiles][kNTiles][4];
         device::score_tile<T, Traits::kDim>(s, sweep.query_smem(), 0, buffer_smem(batch));
-        mask(s, queue, count, batch);
+        bool whole = Traits::kBatchBlocks == 1 &&
+                     (queue[batch] + 1) * Traits::kUnitsPerBlock <= sweep.all_visible;
+        if (!whole) mask(s, queue, count, batch);
         weigh(s, rows, sweep.scale_log2);
         float largest[Blocks::kCount] = {};
 #pragma unroll
@@ -61,7 +66,7 @@ struct SecondLook {
                 Blocks::sum(s[m], half, total);
 #pragma unroll
                 for (int v = 0; v < Blocks::kCount; ++v) {
-                    largest[v] = fmaxf(largest[v], total[v] * rows.inverse(m, half));
+                    largest[v] = fmaxf(largest[v], total[v] * rows.inverse[m][half]);
                     if (accumulate_kept && Blocks::owner()) rows.kept[m][half] += total[v];
                 }
             }
@@ -117,28 +122,6 @@ struct SecondLook {
         }
         ptx::cp_async_wait<0>();
         __syncwarp();
-    }
-
-    // Looks at every block of the tile that `wanted(word)` picks out of scratch.
-    template <class Wanted>
-    __device__ int run_where(Wanted wanted) {
-        int* queue = sweep.smem.queue[threadIdx.x / 32];
-        int lane = threadIdx.x & 31, queued = 0, looked = 0;
-        for (int first = 0; first < sweep.work.num_blocks; first += 32) {
-            int block = first + lane;
-            bool take = block < sweep.work.num_blocks && wanted(sweep.work.records[block].word);
-            unsigned takers = __ballot_sync(0xffffffffu, take);
-            if (take) queue[queued + __popc(takers & ((1u << lane) - 1))] = block;
-            queued += __popc(takers);
-            __syncwarp();
-            if (queued > Traits::kQueueBlocks - 32) {
-                run(queue, queued);
-                looked += queued;
-                queued = 0;
-            }
-        }
-        run(queue, queued);
-        return looked + queued;
     }
 };
 

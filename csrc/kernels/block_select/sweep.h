@@ -1,6 +1,7 @@
 // First look: every unit is scored once. Masses need the rows' final normalisers, which are only
-// known at the end; so each block leaves its largest mass by the normalisers so far, per group of
-// eight rows, and checkpoints of the normalisers turn those into upper bounds afterwards.
+// known at the end; so each block leaves its largest mass by a reference normaliser, per group of
+// eight rows. Knowing how the references relate to the final normalisers turns those into upper
+// bounds afterwards.
 #pragma once
 
 #include "condensate/params.h"
@@ -15,7 +16,7 @@ constexpr int kRowGroups = 4;
 
 // What scratch holds for one block of a tile.
 union BlockRecord {
-    uint2 running;  // during the sweep: four bfloat16 masses by the normalisers at that time
+    uint2 running;  // during the sweep: four bfloat16 masses by the period's references
     uint32_t word;  // afterwards: see below
 };
 // Words, ordered as unsigned within each state. Sign clear: an upper bound of the mass (float
@@ -23,17 +24,19 @@ union BlockRecord {
 constexpr uint32_t kExact = 0x80000000u;
 constexpr uint32_t kIneligible = 0xffffffffu;
 
-// Checkpoints: every step at first, while normalisers still move fast, then every 16.
-CONDENSATE_HOST_DEVICE int checkpoint_of_step(int step) {
-    constexpr int kFine = 8, kCoarse = 16;
-    return step < kFine ? step : kFine + (step - kFine) / kCoarse;
+// Steps that share a reference, the normaliser before the first of them: single steps at first,
+// while normalisers still move fast, then 16.
+CONDENSATE_HOST_DEVICE int period_of_step(int step) {
+    constexpr int kSingle = 8, kLength = 16;
+    return step < kSingle ? step : kSingle + (step - kSingle) / kLength;
 }
-// Bytes of one tile's scratch: a record per block, then 32 floats per checkpoint.
+// Records of a tile, rounded up so that what follows them is aligned to 16 bytes.
+CONDENSATE_HOST_DEVICE int64_t record_slots(int64_t num_blocks) { return ceil_div(num_blocks, 2) * 2; }
+// Bytes of one tile's scratch: a record per block, 32 floats per period and for the end.
 CONDENSATE_HOST_DEVICE int64_t tile_scratch_bytes(int64_t num_blocks, int chunk_blocks) {
-    int64_t checkpoints =
-        1 + checkpoint_of_step(static_cast<int>(ceil_div(num_blocks, chunk_blocks)));
-    return num_blocks * static_cast<int64_t>(sizeof(BlockRecord)) +
-           checkpoints * 32 * static_cast<int64_t>(sizeof(float));
+    int64_t periods = 2 + period_of_step(static_cast<int>(ceil_div(num_blocks, chunk_blocks)));
+    return record_slots(num_blocks) * static_cast<int64_t>(sizeof(BlockRecord)) +
+           periods * 32 * static_cast<int64_t>(sizeof(float));
 }
 
 // What a warp knows of its tile.
@@ -42,12 +45,14 @@ struct TileWork {
     TileSpan span;
     int num_blocks;  // blocks any of its queries can reach; 0 for a tile past the end
     BlockRecord* records;
-    float* checkpoints;  // [checkpoint][row]: log2 of the row's normaliser
+    float* references;  // [period][row]: log2 of the row's reference; the final normaliser last
+    bool track_kept;    // sum the weights of blocks that need no selection
 };
 
 // Bounds get this much slack before a block is ruled out by its bound: they are rounded to bfloat16
 // (2^-9), and the second look rounds differently.
 constexpr float kBoundSlack = 1.01f;
+constexpr float kLargestBound = FLT_MAX / 2;
 
 // The order of chunks: attention sinks first and then back from the diagonal, where most mass lies,
 // so that the normaliser is nearly final early and the bounds are tight.
@@ -129,84 +134,82 @@ struct Sweep {
         weigh(s, rows, scale_log2);
 
         int first_block = chunk * Traits::kChunkBlocks;
-        bool eligible[Blocks::kCount];
+        bool kept[Blocks::kCount];
+        if (work.track_kept) {
 #pragma unroll
-        for (int v = 0; v < Blocks::kCount; ++v) {
-            eligible[v] = is_eligible(work.ranges, work.span, first_block + Blocks::index(v));
+            for (int v = 0; v < Blocks::kCount; ++v)
+                kept[v] = !is_eligible(work.ranges, work.span, first_block + Blocks::index(v));
         }
-        float largest[kRowGroups][Blocks::kCount];
+        float mass[kRowGroups][Blocks::kCount];
 #pragma unroll
         for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float total[Blocks::kCount];
                 Blocks::sum(s[m], half, total);
-                rows.template add<Blocks>(m, half, total, eligible);
-                float inverse = rows.inverse(m, half);
+                rows.template add<Blocks>(m, half, total);
+                if (work.track_kept) rows.template keep<Blocks>(m, half, total, kept);
 #pragma unroll
                 for (int v = 0; v < Blocks::kCount; ++v)
-                    largest[2 * m + half][v] = group_max(total[v] * inverse);
+                    mass[2 * m + half][v] = total[v] * rows.inverse[m][half];
             }
         }
 #pragma unroll
         for (int v = 0; v < Blocks::kCount; ++v) {
+            uint2 running = {group_max2(device::pack2<__nv_bfloat16>(mass[0][v], mass[1][v])),
+                             group_max2(device::pack2<__nv_bfloat16>(mass[2][v], mass[3][v]))};
             int block = first_block + Blocks::index(v);
-            if ((threadIdx.x & 31) < 4 && Blocks::owner() && block < work.num_blocks) {
-                work.records[block].running = {
-                    device::pack2<__nv_bfloat16>(largest[0][v], largest[1][v]),
-                    device::pack2<__nv_bfloat16>(largest[2][v], largest[3][v])};
-            }
+            if ((threadIdx.x & 31) < 4 && Blocks::owner() && block < work.num_blocks)
+                work.records[block].running = running;
         }
     }
 
-    // Notes the normalisers after `step`.
-    __device__ void checkpoint(const Rows& rows, int step) const {
+    // Notes the normalisers so far as the references of `period`.
+    __device__ void refer(Rows& rows, int period, bool is_final) const {
         int lane = threadIdx.x & 31;
 #pragma unroll
         for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float log2_sum = rows.row_max[m][half] + __log2f(rows.sum[m][half]);
-                if ((lane & 3) == 0) {
-                    work.checkpoints[checkpoint_of_step(step) * 32 + 16 * m + 8 * half + lane / 4] =
-                        rows.sum[m][half] > 0.0f ? log2_sum : -INFINITY;
-                }
+                float log2_sum = rows.refer(m, half, is_final);
+                if ((lane & 3) == 0)
+                    work.references[period * 32 + 16 * m + 8 * half + lane / 4] = log2_sum;
             }
         }
     }
 
-    // Turns the records into upper bounds: a mass by the normaliser at a checkpoint shrinks at
-    // least by the largest ratio of checkpoint to final normaliser in its row group.
+    // Turns the records into upper bounds: a mass by a reference times the largest ratio of
+    // reference to final normaliser in its row group.
     __device__ void bound(int chunks) const {
         const int lane = threadIdx.x & 31;
-        const int last = checkpoint_of_step(chunks - 1);
-        __syncwarp();  // records and checkpoints are written
-        const float final_log2 = work.checkpoints[last * 32 + lane];
-        for (int c = 0; c <= last; ++c) {
-            float ratio = final_log2 == -INFINITY
-                              ? 0.0f
-                              : exp2f(fminf(work.checkpoints[c * 32 + lane] - final_log2, 0.0f));
+        const int periods = period_of_step(chunks - 1) + 1;
+        __syncwarp();  // records and references are written
+        const float final_log2 = work.references[periods * 32 + lane];
+        for (int p = 0; p < periods; ++p) {
+            float ratio = final_log2 == -INFINITY ? 0.0f
+                                                  : exp2f(work.references[p * 32 + lane] - final_log2);
             for (int step = 1; step < 8; step *= 2)
                 ratio = fmaxf(ratio, __shfl_xor_sync(0xffffffffu, ratio, step));
-            __syncwarp();  // all lanes have read this checkpoint
-            if (lane % 8 == 0) work.checkpoints[c * 32 + lane / 8] = ratio;
+            __syncwarp();  // all lanes have read this period's references
+            if (lane % 8 == 0) work.references[p * 32 + lane / 8] = ratio;
         }
         __syncwarp();
         for (int block = lane; block < work.num_blocks; block += 32) {
             int step = step_of_chunk(block / Traits::kChunkBlocks, chunks);
-            const float* ratio = work.checkpoints + checkpoint_of_step(step) * 32;
+            float4 ratio = *reinterpret_cast<const float4*>(work.references + period_of_step(step) * 32);
             uint2 running = work.records[block].running;
-            float largest = 0.0f;
-#pragma unroll
-            for (int g = 0; g < kRowGroups; ++g) {
-                uint32_t half_word = (g < 2 ? running.x : running.y) >> (16 * (g & 1)) << 16;
-                largest = fmaxf(largest, __uint_as_float(half_word) * ratio[g]);
-            }
+            float largest = fmaxf(fmaxf(scaled(running.x << 16, ratio.x), scaled(running.x, ratio.y)),
+                                  fmaxf(scaled(running.y << 16, ratio.z), scaled(running.y, ratio.w)));
             work.records[block].word = is_eligible(work.ranges, work.span, block)
                                            ? __float_as_uint(largest * kBoundSlack)
                                            : kIneligible;
         }
         __syncwarp();
+    }
+    // The bfloat16 in the high half of `word` times `ratio`, finite.
+    static __device__ __forceinline__ float scaled(uint32_t word, float ratio) {
+        float x = __uint_as_float(word & 0xffff0000u) * ratio;
+        return x <= kLargestBound ? x : kLargestBound;  // inf * 0 bounds nothing
     }
 
     // All chunks of the CTA's tiles; `units_gmem` is [U, Ds] of the KV head. Ends with a barrier.
@@ -221,17 +224,20 @@ struct Sweep {
             ptx::cp_async_commit();
         };
         if (chunks > 0) load(0);
+        int period = -1;
         for (int step = 0; step < chunks; ++step) {
             ptx::cp_async_wait<0>();
             __syncthreads();  // this chunk has landed; nobody reads the other stage any more
             if (step + 1 < chunks) load(step + 1);
+            if (period_of_step(step) != period) refer(rows, ++period, false);
             int c = chunk_of_step(step, chunks);
             if (c * Traits::kChunkBlocks < work.num_blocks) chunk(rows, c, step % Traits::kStages);
-            if (step + 1 == chunks || checkpoint_of_step(step) != checkpoint_of_step(step + 1))
-                checkpoint(rows, step);
         }
         __syncthreads();  // the stages are free for the second look
-        if (chunks > 0) bound(chunks);
+        if (chunks > 0) {
+            refer(rows, period + 1, true);
+            bound(chunks);
+        }
     }
 };
 

@@ -12,15 +12,16 @@ struct Threshold {
     int ties;      // how many equal to it are among the k
 };
 
-// The k-th largest key among records[i].word, i < n, for which to_key(word, &key) is true. There must be
-// at least k of them, k >= 1. The whole warp calls it; `histogram` is its own 256 counters.
-template <class ToKey>
+// The k-th largest key among the n words for which to_key(word, &key) is true, with bits below
+// kLowestBit taken as 0. There must be at least k such words, k >= 1. The whole warp calls it;
+// `histogram` is its own 256 counters.
+template <int kLowestBit, class ToKey>
 __device__ Threshold radix_threshold(const BlockRecord* records, int n, int k, uint32_t* histogram,
                                      ToKey to_key) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;
     uint32_t prefix = 0, prefix_mask = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
+    for (int shift = 24; shift >= kLowestBit; shift -= 8) {
         for (int i = 0; i < 8; ++i) histogram[lane + 32 * i] = 0;
         __syncwarp();
         for (int i = lane; i < n; i += 32) {
