@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
-    """"cpu" or "cuda"."""
+    """ "cpu" or "cuda"."""
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""The instruments themselves: the oracle against hand-made values, sound ops pass, faults do not."""
+"""The instruments themselves: hand-made values, sound ops pass, faulty ones do not."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_same_seed_same_case():
 
 def test_sound_ops_pass(use_ops, seed):
     use_ops()
-    outcomes = [checks.check_case(cases.from_seed(seed + n, "cpu")) for n in range(40)]
+    outcomes = [checks.check_case(cases.from_seed(seed + n, "cpu")) for n in range(24)]
     assert sum(outcome.probes for outcome in outcomes) > 10_000
     assert 0 < max(outcome.bound_used for outcome in outcomes) < 1
 

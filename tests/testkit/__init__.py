@@ -1,1 +1,1 @@
-"""Instruments that judge the ops by docs/architecture.md alone: no code is shared with the kernels."""
+"""Instruments that judge the ops by docs/architecture.md alone; they share no code with them."""

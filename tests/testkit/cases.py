@@ -134,7 +134,9 @@ def from_seed(seed: int, device: str) -> Case:
     integers = selector == "exact" and rng.random() < 0.5
     head_dim = rng.choice([8, 16, 24, 32, 40, 64, 64, 72, 80, 96, 128, 128, 192, 200, 248, 256])
     head_dim = min(head_dim, 64) if integers else head_dim
-    window = rng.choice([0, 1, 2, 17, 63, 64, 65, 100, 129] + [256, kv_len, MAX_LENGTH] * (not tight))
+    window = rng.choice(
+        [0, 1, 2, 17, 63, 64, 65, 100, 129] + [256, kv_len, MAX_LENGTH] * (not tight)
+    )
     anchors = rng.choice([0, 0, 1, 5, 63, 64, 65] + [130, kv_len, MAX_LENGTH] * (not tight))
     topk = rng.choice([1, 2, 3, 5] if tight else [0, 1, 2, 3, 5, 9])
     scales = [None, 0.25 / head_dim**0.5] + [2 / head_dim**0.5] * (selector != "exact")

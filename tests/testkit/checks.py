@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import condensate_ext  # noqa: F401  (registers the ops)
 import torch
 from torch import Tensor
 
@@ -47,9 +48,7 @@ def _probe_keys(case: Case) -> Tensor:
     if case.kv_len <= 3 * case.head_dim:
         return torch.arange(case.kv_len, device=case.device)
     positions = tile_positions(case.group)
-    edges = markers.edge_keys(
-        case.query_len, case.kv_len, case.window, case.anchors, positions
-    )
+    edges = markers.edge_keys(case.query_len, case.kv_len, case.window, case.anchors, positions)
     generator = torch.Generator().manual_seed(case.seed)
     picked = torch.tensor(edges)[torch.randperm(len(edges), generator=generator)]
     anywhere = torch.randint(0, case.kv_len, (case.head_dim,), generator=generator)
@@ -78,9 +77,7 @@ def _check_attention(
     query, key, value = qkv
     out, lse = run(query, value)
     assert out.is_contiguous() and out.dtype == case.dtype
-    used = oracle.assert_matches(
-        oracle.attention(query, key, value, support, case.scale), out, lse
-    )
+    used = oracle.assert_matches(oracle.attention(query, key, value, support, case.scale), out, lse)
     keys = _probe_keys(case)
     silent = torch.zeros_like(query)
     found = markers.attended(lambda marked: run(silent, marked)[0], value, keys)
@@ -93,7 +90,11 @@ def _check_block_selector(case: Case) -> Outcome:
     summaries = ops.block_summaries(key, selector=case.selector)
     selection.check_summaries(key, summaries, case.selector)
     indices, counts = ops.select_blocks(
-        query, summaries, kv_len=case.kv_len, topk=case.topk, selector=case.selector,
+        query,
+        summaries,
+        kv_len=case.kv_len,
+        topk=case.topk,
+        selector=case.selector,
         **case.range_args,
     )
     mass = selection.masses(query, summaries, case.ranges, case.selector, case.scale)

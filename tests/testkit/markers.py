@@ -1,4 +1,4 @@
-"""Marker probe: with V one-hot at chosen keys, an output is nonzero exactly if its key was attended.
+"""Marker probe: with V one-hot at chosen keys, an output is nonzero exactly if its key counted.
 
 A tolerance can hide one dropped key among thousands; this cannot.
 """
@@ -34,9 +34,7 @@ def extract_support(attend: Attend, like: Tensor) -> Tensor:
     return attended(attend, like, torch.arange(like.shape[2], device=like.device))
 
 
-def edge_keys(
-    query_len: int, kv_len: int, window: int, anchors: int, positions: int
-) -> list[int]:
+def edge_keys(query_len: int, kv_len: int, window: int, anchors: int, positions: int) -> list[int]:
     """Keys at and beside every edge: blocks, tiles, anchors, each tile's window, the ends."""
     offset = kv_len - query_len
     edges = {0, anchors, kv_len, offset}

@@ -94,9 +94,13 @@ def assert_matches(
 def _assert_lse(reference: Reference, lse: Tensor, hint: str) -> None:
     assert lse.dtype == torch.float32 and lse.shape == reference.lse.shape, hint
     empty = reference.lse == -torch.inf
-    assert torch.equal(lse == -torch.inf, empty), f"lse is -inf in other rows than the oracle {hint}"
+    assert torch.equal(lse == -torch.inf, empty), (
+        f"lse is -inf in other rows than the oracle {hint}"
+    )
     finite = reference.lse.isfinite()
-    assert torch.equal(lse.isfinite(), finite), f"lse is finite in other rows than the oracle {hint}"
+    assert torch.equal(lse.isfinite(), finite), (
+        f"lse is finite in other rows than the oracle {hint}"
+    )
     used = ((lse.double() - reference.lse).abs() / reference.lse_bound)[finite]
     worst = float(used.max()) if used.numel() else 0.0
     assert worst <= 1.0, f"lse is off by {worst:.3g} times its bound {hint}"

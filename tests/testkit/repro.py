@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import condensate_ext  # noqa: F401  (registers the ops)
 from tests.testkit.cases import from_seed
 from tests.testkit.checks import check_case
 
