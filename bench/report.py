@@ -36,7 +36,7 @@ def command_output(*command: str) -> str:
 def environment() -> Record:
     """What a figure depends on beside the code. CONDENSATE_COMMIT names it outside a checkout."""
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": command_output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         ),

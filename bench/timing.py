@@ -19,8 +19,8 @@ Timed = Callable[[int], object]  # takes the round's number, to rotate its input
 
 
 def time_once(function: Timed, round_number: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     function(round_number)
     end.record()

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, for a machine with CUDA, torch and the build tools installed and no
 # network: builds for this GPU, then the sections named as arguments (default: all of them).
-#   tools/device_check.sh [test] [bench] [quick] [stages] [sanitize] [demo]
+#   tools/device_check.sh [test] [bench] [quick] [fidelity] [stages] [sanitize] [demo]
+# Fidelity takes its model and text from $MODEL and $TEXT.
 # Logs and results go to $OUT (default build/device); a failed section does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-sections=${*:-test bench stages sanitize demo}
+sections=${*:-test bench fidelity stages sanitize demo}
 mkdir -p "${OUT:-build/device}"
 out=$(cd "${OUT:-build/device}" && pwd)
 python=${PYTHON:-python3}
@@ -57,10 +58,13 @@ for name in $sections; do
         bench) section bench 240 "$python" -m bench.prefill --budget-seconds 150 \
             --output "$out/prefill.json" &&
             section bench 60 "$python" -m bench.plot "$out/prefill.json" "$out/prefill.png" ;;
+        fidelity) section fidelity 240 "$python" -m bench.fidelity --budget-seconds 150 \
+            --model "${MODEL:-.carry/tiny-code-lm}" --text "${TEXT:-.carry/heldout_code.txt}" \
+            --output "$out/fidelity.json" ;;
         stages) section stages 120 bash -c stages ;;
         sanitize) section sanitize 450 bash -c sanitize ;;
         demo) section demo 120 env -C "$out" "$python" -m condensate_ext demo ;;
-        *) echo "unknown section '$name'; use test, bench, quick, stages, sanitize or demo" && exit 2 ;;
+        *) echo "unknown section '$name'; use test, bench, quick, fidelity, stages, sanitize or demo" && exit 2 ;;
     esac
 done
 echo "device check: ${#failed[@]} sections failed ${failed[*]:-}"
