@@ -16,8 +16,6 @@ struct MergeWeights {
 // exp(lse - lse_union) of both sides. A side that is empty (-inf) weighs 0; NaN spreads.
 __device__ MergeWeights merge_weights(float lse_a, float lse_b) {
     if (lse_a == -INFINITY && lse_b == -INFINITY) return {0.0f, 0.0f, -INFINITY};
-    if (lse_a == -INFINITY) return {0.0f, 1.0f, lse_b};
-    if (lse_b == -INFINITY) return {1.0f, 0.0f, lse_a};
     float high = fmaxf(lse_a, lse_b);
     float exp_a = expf(lse_a - high);
     float exp_b = expf(lse_b - high);
@@ -50,8 +48,7 @@ __global__ void __launch_bounds__(kThreads)
     Chunk merged;
 #pragma unroll
     for (int e = 0; e < kElems; ++e) {
-        merged.elem[e] =
-            from_float<T>(weigh(weights.a, a.elem[e]) + weigh(weights.b, b.elem[e]));
+        merged.elem[e] = from_float<T>(weigh(weights.a, a.elem[e]) + weigh(weights.b, b.elem[e]));
     }
     static_cast<Chunk*>(params.out)[offset] = merged;
     if (chunk == 0) params.lse[row] = weights.lse;
