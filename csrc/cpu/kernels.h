@@ -6,6 +6,11 @@
 
 namespace condensate::cpu {
 
+// The instruction set in use ("avx512", "avx2", "baseline"); CONDENSATE_CPU_ISA forces one, and
+// check_isa says so if this machine does not have it.
+const char* isa_name();
+Status check_isa();
+
 Status block_summaries(const BlockSummaryParams& params, const Executor& executor);
 Status select_blocks(const BlockSelectParams& params, const Executor& executor);
 Status select_tokens(const TokenSelectParams& params, const Executor& executor);

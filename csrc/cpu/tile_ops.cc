@@ -1,6 +1,13 @@
 // The one place that asks which instructions this CPU has.
 #include "cpu/tile_ops.h"
 
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "host/status.h"
+
 namespace condensate::cpu {
 namespace {
 
@@ -31,13 +38,34 @@ void list_tile_ops(const TileOps* tables[kMaxTileOps]) {
     while (count < kMaxTileOps) tables[count++] = nullptr;
 }
 
-const TileOps& tile_ops() {
-    static const TileOps* const widest = [] {
-        const TileOps* tables[kMaxTileOps];
-        list_tile_ops(tables);
-        return tables[0];
-    }();
-    return *widest;
+const TileOps* find_tile_ops() {
+    const TileOps* tables[kMaxTileOps];
+    list_tile_ops(tables);
+    const char* wanted = std::getenv("CONDENSATE_CPU_ISA");
+    if (wanted == nullptr || wanted[0] == '\0') return tables[0];
+    for (const TileOps* table : tables)
+        if (table != nullptr && std::strcmp(table->name, wanted) == 0) return table;
+    return nullptr;
 }
+
+const TileOps& tile_ops() {
+    const TileOps* found = find_tile_ops();
+    return found != nullptr ? *found : *tile_ops_baseline();
+}
+
+Status check_isa() {
+    if (find_tile_ops() != nullptr) return {};
+    const TileOps* tables[kMaxTileOps];
+    list_tile_ops(tables);
+    std::string names;
+    for (const TileOps* table : tables)
+        if (table != nullptr) names += std::string(names.empty() ? "" : ", ") + table->name;
+    return make_status(StatusCode::kInvalidArgument,
+                       "CONDENSATE_CPU_ISA is \"%.64s\", expected one of %s on this machine; unset "
+                       "it to use the widest.",
+                       std::getenv("CONDENSATE_CPU_ISA"), names.c_str());
+}
+
+const char* isa_name() { return tile_ops().name; }
 
 }  // namespace condensate::cpu

@@ -1,5 +1,5 @@
 // The vectorised inner loops of the CPU kernels, as a table of functions: one table per instruction
-// set, chosen once at run time. All of them work on float32 tiles in scratch memory.
+// set, chosen at run time. All of them work on float32 tiles in scratch memory.
 //
 // Layouts. Rows (queries) come in panels of kPanelRows; query panels are [panel][dim][kPanelRows].
 // A score tile is [kTileKeys][kScoreStride]: scores[key * kScoreStride + row]. Vectors run over
@@ -80,7 +80,9 @@ struct TileOps {
     void (*order_keys)(const float* scores, int64_t n, uint32_t* keys);
 };
 
-// The table for this machine.
+// The widest table of this machine, or the one that CONDENSATE_CPU_ISA names; find_tile_ops is null
+// where it names none of them.
+const TileOps* find_tile_ops();
 const TileOps& tile_ops();
 
 // The tables that this build has and this machine can run, widest first; null ends the list.

@@ -169,7 +169,8 @@ Status run_fast(const MergeStatesParams& p, CpuCall& call) {
 template <class Params>
 Status run_on_cpu(const Params& params, const Plan& plan, const Executor& executor) {
     CpuCall call{executor};
-    Status status;
+    Status status = cpu::check_isa();
+    if (!status.ok()) return status;
     try {
         status =
             plan.path == Path::kCpuReference ? run_reference(params, call) : run_fast(params, call);

@@ -10,6 +10,8 @@
 
 #include "call.h"
 #include "condensate/condensate.h"
+#include "cpu/kernels.h"
+#include "cpu/tile_ops.h"
 
 namespace condensate::testing {
 namespace {
@@ -61,6 +63,34 @@ TEST(Dispatch, ImpossibleForcedPathIsAnError) {
     Status status = attention(call.attention(), Executor{});
     EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
     EXPECT_NE(std::string(status.message).find("CONDENSATE_FORCE_PATH is simt"), std::string::npos);
+}
+
+TEST(Dispatch, EveryInstructionSetGivesTheSameLists) {
+    const cpu::TileOps* tables[cpu::kMaxTileOps];
+    cpu::list_tile_ops(tables);
+    Call first({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, /*integers=*/true);
+    for (const cpu::TileOps* table : tables) {
+        if (table == nullptr) break;
+        Environment force("CONDENSATE_CPU_ISA", table->name);
+        EXPECT_STREQ(cpu::isa_name(), table->name);
+        Call call({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, true);
+        ASSERT_TRUE(select_tokens(call.select_tokens(60), threaded()).ok());
+        ASSERT_TRUE(attention(call.attention(), threaded()).ok());
+        ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kMean), threaded()).ok());
+        ASSERT_TRUE(select_blocks(call.select_blocks(Selector::kMean, 3), threaded()).ok());
+        if (table == tables[0]) first = std::move(call);
+        if (table == tables[0]) continue;
+        EXPECT_EQ(call.threshold, first.threshold);
+        EXPECT_EQ(call.tie_index, first.tie_index);
+        EXPECT_EQ(call.block_indices, first.block_indices);
+        for (size_t row = 0; row < call.lse.size(); ++row)
+            ASSERT_NEAR(call.lse[row], first.lse[row], 1e-4) << table->name;
+    }
+    first.threshold.clear();  // the lists are enough
+    Environment force("CONDENSATE_CPU_ISA", "mmx");
+    Status status = attention(first.attention(), Executor{});
+    EXPECT_NE(std::string(status.message).find("CONDENSATE_CPU_ISA is \"mmx\", expected one of"),
+              std::string::npos);
 }
 
 TEST(Dispatch, WindowsLargerThanTheContextAreDense) {
