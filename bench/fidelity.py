@@ -146,6 +146,7 @@ class Run:
                 identical_tokens=equal.index(False) if False in equal else len(equal),
                 documents=1, tokens=GREEDY_TOKENS,
             )  # fmt: skip
+        self.model.to(getattr(torch, self.options.dtype))
 
 
 def covering_topk(context: int) -> int:
