@@ -19,9 +19,12 @@ struct TypeTag {
 template <class Body>
 auto with_element_type(DType dtype, Body&& body) {
     switch (dtype) {
-        case DType::kFloat16: return body(TypeTag<__half>{});
-        case DType::kBFloat16: return body(TypeTag<__nv_bfloat16>{});
-        case DType::kFloat32: break;
+        case DType::kFloat16:
+            return body(TypeTag<__half>{});
+        case DType::kBFloat16:
+            return body(TypeTag<__nv_bfloat16>{});
+        case DType::kFloat32:
+            break;
     }
     return body(TypeTag<float>{});
 }

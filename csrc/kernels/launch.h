@@ -56,10 +56,9 @@ Status launch(void (*kernel)(KernelArgs...), const char* name, Grid grid, int th
                            context.max_smem_per_block_bytes);
     }
     if (smem_bytes > kDefaultSmemBytes) {
-        cudaError_t error =
-            cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(smem_bytes));
+        cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                 cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(smem_bytes));
         if (error != cudaSuccess) {
             cudaGetLastError();  // reported here, so not left for the next caller
             return cuda_status(error, name);

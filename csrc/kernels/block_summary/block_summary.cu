@@ -90,10 +90,10 @@ __device__ void read_unit(Unit& unit, const T* channels, int64_t stride_seq, int
 }
 
 struct SummaryGrid {
-    int64_t units;          // of one head
+    int64_t units;  // of one head
     uint32_t ctas_per_head;
-    int chunks;             // threads that share a unit
-    int units_per_pass;     // units that a CTA reads at once
+    int chunks;          // threads that share a unit
+    int units_per_pass;  // units that a CTA reads at once
 };
 
 template <class T, int kElems, int kKeys, int kPasses, class Unit>
@@ -155,7 +155,7 @@ Status launch_selector(const BlockSummaryParams& params, const LaunchContext& co
         return launch_summary<T, kElems, 16, 1, BoundsUnit<T, kElems>>(params, context);
     }
     return launch_summary<T, kElems, kBlockKeys, 1, MeanUnit<T, kElems, kBlockKeys>>(params,
-                                                                                    context);
+                                                                                     context);
 }
 
 }  // namespace

@@ -75,7 +75,7 @@ Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& c
     if (!status.ok()) return status;
     return with_sweep_shape(params.problem, [&](auto type, auto dim) {
         return launch_omitted_mass<typename decltype(type)::type, decltype(dim)::value>(params,
-                                                                                       context);
+                                                                                        context);
     });
 }
 

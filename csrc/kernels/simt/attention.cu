@@ -68,7 +68,9 @@ struct AttentionCta {
         : tile(device::TileRows::from_index(problem, blockIdx.x / parts)),
           first_row(static_cast<int>(blockIdx.x % parts) * kCtaRows) {}
 
-    __device__ int64_t query(int row) const { return tile.first_query + (first_row + row) / tile.group; }
+    __device__ int64_t query(int row) const {
+        return tile.first_query + (first_row + row) / tile.group;
+    }
     __device__ int head(int row) const {
         return tile.kv_head * tile.group + (first_row + row) % tile.group;
     }
@@ -81,8 +83,8 @@ struct AttentionCta {
     }
 };
 
-// Reads this warp's queries and supports. A row that does not exist takes part with a query of zeros
-// and is not stored.
+// Reads this warp's queries and supports. A row that does not exist takes part with a query of
+// zeros and is not stored.
 template <class T, int kDim>
 __device__ __forceinline__ void load_rows(AttentionSmem<kDim>& smem, const AttentionParams& params,
                                           const AttentionCta& cta) {
@@ -91,8 +93,8 @@ __device__ __forceinline__ void load_rows(AttentionSmem<kDim>& smem, const Atten
 #pragma unroll 1
     for (int r = 0; r < kWarpRows; ++r) {
         int row = lane.row(r);
-        RowSupport support = {query_position(cta.query(row), problem.query_len, problem.kv_len), NAN,
-                              -1};
+        RowSupport support = {query_position(cta.query(row), problem.query_len, problem.kv_len),
+                              NAN, -1};
         const T* src = nullptr;
         if (cta.exists(row)) {
             src = static_cast<const T*>(params.query.data) +
@@ -116,7 +118,7 @@ __device__ __forceinline__ void add_values(RowState<kDim> (&states)[kWarpRows],
     Lane lane;
 #pragma unroll 1
     for (int key = 0; key < kTileKeys; ++key) {
-        const float(&weights)[kWarpRows] = smem.weights[lane.warp][key];
+        const float (&weights)[kWarpRows] = smem.weights[lane.warp][key];
         const float* value = smem.tile.element + key * smem.tile.kStride + lane.lane;
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
@@ -216,9 +218,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
         width = params.max_blocks;
     }
     // Thresholds judge single keys, so every visible block has to be scored.
-    device::BlockWalk walk = params.threshold
-                                 ? device::BlockWalk(ranges, span)
-                                 : device::BlockWalk(ranges, span, list, count, width);
+    device::BlockWalk walk = params.threshold ? device::BlockWalk(ranges, span)
+                                              : device::BlockWalk(ranges, span, list, count, width);
     for (device::BlockStep step = walk.next(); step.block != INT_MAX; step = walk.next()) {
         int64_t begin = int64_t{step.block} * kBlockKeys;
         for (int64_t first = begin; first < begin + kBlockKeys; first += kTileKeys) {

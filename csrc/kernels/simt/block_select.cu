@@ -1,6 +1,6 @@
-// Block selection on CUDA cores: one CTA per tile, a unit per lane, four pooled queries per warp. The
-// units are scored once for the softmax sums and again for the blocks' masses (and a third time for
-// the estimate of what was left out); only one mass per block goes to memory.
+// Block selection on CUDA cores: one CTA per tile, a unit per lane, four pooled queries per warp.
+// The units are scored once for the softmax sums and again for the blocks' masses (and a third time
+// for the estimate of what was left out); only one mass per block goes to memory.
 #include "device/tile_rows.h"
 #include "kernels/block_select/pooled_queries.h"
 #include "kernels/launch.h"
@@ -30,7 +30,8 @@ struct alignas(16) SelectSmem {
 
 int64_t select_smem_bytes(const BlockSelectParams& params) {
     int group = params.problem.group();
-    int64_t rows = ceil_div(tile_positions(group) / query_pool(group) * group, kWarpRows) * kWarpRows;
+    int64_t rows =
+        ceil_div(tile_positions(group) / query_pool(group) * group, kWarpRows) * kWarpRows;
     int64_t dim = summary_dim(params.selector, static_cast<int>(params.problem.head_dim));
     return static_cast<int64_t>(sizeof(SelectSmem)) + rows * dim * 4;
 }
@@ -49,7 +50,7 @@ struct TileUnits {
     int per_block;       // units of a block: a power of two, less than 32
     int64_t num_blocks;  // blocks that some query of the tile may see
     float scale;
-    int rows;            // pooled queries
+    int rows;  // pooled queries
 
     __device__ TileUnits(const BlockSelectParams& params, const device::TileRows& tile,
                          const PooledRows& pooled)
@@ -271,8 +272,8 @@ __device__ void find_smallest_mass(SelectSmem& smem, const float* mass, int64_t 
 }
 
 // Writes the list, ascending, and marks what it takes by a mass of -1. One warp calls it.
-__device__ void write_list(const RadixRow& smallest, float* mass, int64_t blocks, int64_t max_blocks,
-                           int32_t* indices, int32_t* count) {
+__device__ void write_list(const RadixRow& smallest, float* mass, int64_t blocks,
+                           int64_t max_blocks, int32_t* indices, int32_t* count) {
     int lane = static_cast<int>(threadIdx.x) % 32;
     uint32_t before = (1u << lane) - 1;
     bool all = smallest.prefix == kNoPrefix;
@@ -302,8 +303,7 @@ __device__ void write_list(const RadixRow& smallest, float* mass, int64_t blocks
 // One minus the mass that is listed or not eligible: the mass of the eligible blocks left out.
 template <class T>
 __device__ __forceinline__ void write_estimate(const BlockSelectParams& params, const float* mass,
-                                               SelectSmem& smem,
-                                               const TileUnits<T>& units,
+                                               SelectSmem& smem, const TileUnits<T>& units,
                                                const device::TileRows& tile,
                                                const PooledRows& pooled) {
     Lane lane;
@@ -315,8 +315,8 @@ __device__ __forceinline__ void write_estimate(const BlockSelectParams& params, 
         for (int set = 0; set < kRowSets; ++set)
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r)
-                left_out[set][r] += unit_weight(scores, set, r,
-                                                smem.softmax[set * kCtaRows + lane.row(r)]);
+                left_out[set][r] +=
+                    unit_weight(scores, set, r, smem.softmax[set * kCtaRows + lane.row(r)]);
     });
 #pragma unroll
     for (int set = 0; set < kRowSets; ++set) {

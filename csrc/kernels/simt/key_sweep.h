@@ -36,7 +36,8 @@ __device__ __forceinline__ void load_queries(SweepSmem& smem, const RowGroup& ct
 }
 
 // Calls body(scores, key) for every 32 keys that hold some of [begin, end), ascending: the scaled
-// scores of the warp's rows and this lane's key. Keys at or past kv_len score 0. All threads call it.
+// scores of the warp's rows and this lane's key. Keys at or past kv_len score 0. All threads call
+// it.
 template <class T, class Body>
 __device__ __forceinline__ void sweep_keys(SweepSmem& smem, const RowGroup& cta,
                                            const ConstTensor4& key, const Problem& problem,

@@ -44,8 +44,8 @@ __device__ __forceinline__ void stage_rows(float* tile_smem, int tile_stride, co
     }
 }
 
-// acc[r] += query row r · this lane's key over `dim` channels (a multiple of 4): one accumulator per
-// row, channels ascending.
+// acc[r] += query row r · this lane's key over `dim` channels (a multiple of 4): one accumulator
+// per row, channels ascending.
 __device__ __forceinline__ void accumulate_products(float (&acc)[kWarpRows],
                                                     const float* queries_smem, int query_stride,
                                                     const float* key_smem, int dim) {

@@ -37,22 +37,21 @@ __device__ void run_pass(TokenSelectSmem& smem, const TokenSelectParams& params,
     int digit_shift = 32 - kRadixBits * (pass + 1);
     int32_t last_visible_end = smem.sweep.rows.last_visible_end;
     LaneSum sums[kWarpRows];
-    sweep_keys<T>(smem.sweep, cta, params.key, params.problem, lse_full ? 0 : rows.anchors,
-                  lse_full ? last_visible_end : candidates_end(params.problem, last_visible_end),
-                  [&](const float(&score)[kWarpRows], int32_t key) {
+    sweep_keys<T>(
+        smem.sweep, cta, params.key, params.problem, lse_full ? 0 : rows.anchors,
+        lse_full ? last_visible_end : candidates_end(params.problem, last_visible_end),
+        [&](const float (&score)[kWarpRows], int32_t key) {
 #pragma unroll
-                      for (int r = 0; r < kWarpRows; ++r) {
-                          uint32_t leading = ordered_key(score[r]) >> digit_shift;
-                          if (score[r] == score[r] &&
-                              leading >> kRadixBits == rows.radix[r].prefix &&
-                              rows.bounds[r].contains(rows.anchors, key)) {
-                              atomicAdd(smem.histogram + lane.row(r) * kHistogramStride +
-                                            leading % kRadixBins,
-                                        1u);
-                          }
-                          if (lse_full && key < rows.bounds[r].end) sums[r].add(score[r]);
-                      }
-                  });
+            for (int r = 0; r < kWarpRows; ++r) {
+                uint32_t leading = ordered_key(score[r]) >> digit_shift;
+                if (score[r] == score[r] && leading >> kRadixBits == rows.radix[r].prefix &&
+                    rows.bounds[r].contains(rows.anchors, key)) {
+                    atomicAdd(
+                        smem.histogram + lane.row(r) * kHistogramStride + leading % kRadixBins, 1u);
+                }
+                if (lse_full && key < rows.bounds[r].end) sums[r].add(score[r]);
+            }
+        });
     __syncwarp();  // the warp's histograms are complete
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
@@ -83,21 +82,22 @@ __device__ void find_ties(TokenSelectSmem& smem, const TokenSelectParams& params
         any |= wanted[r] > 0;
     }
     if (__syncthreads_or(any) == 0) return;
-    sweep_keys<T>(
-        smem.sweep, cta, params.key, params.problem, rows.anchors,
-        candidates_end(params.problem, smem.sweep.rows.last_visible_end),
-        [&](const float(&score)[kWarpRows], int32_t key) {
+    sweep_keys<T>(smem.sweep, cta, params.key, params.problem, rows.anchors,
+                  candidates_end(params.problem, smem.sweep.rows.last_visible_end),
+                  [&](const float (&score)[kWarpRows], int32_t key) {
 #pragma unroll
-            for (int r = 0; r < kWarpRows; ++r) {
-                bool equal = score[r] == from_ordered_key(rows.radix[r].prefix) &&
-                             rows.bounds[r].contains(rows.anchors, key);
-                uint32_t bits = __ballot_sync(0xffffffffu, equal);
-                uint32_t through = seen[r] + __popc(bits & (0xffffffffu >> (31 - key % 32)));
-                uint32_t last = __ballot_sync(0xffffffffu, equal && through == wanted[r]);
-                if (last != 0) tie_index[r] = key - key % 32 + __ffs(static_cast<int>(last)) - 1;
-                seen[r] += __popc(bits);
-            }
-        });
+                      for (int r = 0; r < kWarpRows; ++r) {
+                          bool equal = score[r] == from_ordered_key(rows.radix[r].prefix) &&
+                                       rows.bounds[r].contains(rows.anchors, key);
+                          uint32_t bits = __ballot_sync(0xffffffffu, equal);
+                          uint32_t through =
+                              seen[r] + __popc(bits & (0xffffffffu >> (31 - key % 32)));
+                          uint32_t last = __ballot_sync(0xffffffffu, equal && through == wanted[r]);
+                          if (last != 0)
+                              tie_index[r] = key - key % 32 + __ffs(static_cast<int>(last)) - 1;
+                          seen[r] += __popc(bits);
+                      }
+                  });
 }
 
 template <class T>
@@ -121,8 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
         int row = lane.row(r);
-        rows.bounds[r] = candidate_bounds(problem, smem.sweep.rows.query[row],
-                                          smem.sweep.rows.visible_end[row]);
+        rows.bounds[r] =
+            candidate_bounds(problem, smem.sweep.rows.query[row], smem.sweep.rows.visible_end[row]);
         rows.radix[r] = {topk > 0 ? 0 : kNoPrefix, topk, 0};
     }
     for (int pass = 0; pass < kRadixPasses; ++pass) {
@@ -142,7 +142,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         float threshold = prefix == kNoPrefix ? -INFINITY : from_ordered_key(prefix);
         int64_t head = cta.batch * problem.query_heads + cta.head(row);
         int64_t flat = head * problem.query_len + cta.slot(row);
-        params.threshold[flat] = topk == 0 ? INFINITY : threshold;  // above all: nothing is selected
+        params.threshold[flat] =
+            topk == 0 ? INFINITY : threshold;  // above all: nothing is selected
         params.tie_index[flat] = topk == 0 ? -1 : tie_index[r];
     }
 }
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int r = 0; r < kWarpRows; ++r) visible_end[r] = smem.rows.visible_end[lane.row(r)];
     LaneSum sums[kWarpRows];
     sweep_keys<T>(smem, cta, params.key, problem, 0, smem.rows.last_visible_end,
-                  [&](const float(&score)[kWarpRows], int32_t key) {
+                  [&](const float (&score)[kWarpRows], int32_t key) {
 #pragma unroll
                       for (int r = 0; r < kWarpRows; ++r) {
                           if (key < visible_end[r]) sums[r].add(score[r]);

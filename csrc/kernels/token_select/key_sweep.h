@@ -1,16 +1,15 @@
 // A CTA scores 64 query rows against every key of a range: what the kernels that look at all keys
 // share. Queries stay in registers, keys pass through two stages of shared memory, and each tile
-// of scores goes to a body. The products and their order are those of device/mma_tile.h, so a
-// score is the same float as in the attention kernel; only the source of the A operand differs.
+// of scores goes to a body.
 #pragma once
 
 #include <cstdint>
 
 #include "condensate/params.h"
+#include "device/mma_tile.h"
 #include "device/smem_tile.h"
 #include "kernels/query_rows.h"
 #include "ptx/cp_async.h"
-#include "ptx/matrix.h"
 
 namespace condensate::kernels {
 
@@ -29,7 +28,8 @@ struct SweepShape {
     static constexpr int kKSteps = kDim / 16;
     static constexpr int kStageBytes = kKeys * kDim * 2;
     static constexpr int kStages = 2;
-    static_assert(kSweepRows * kDim * 2 <= kStages * kStageBytes, "queries pass through the stages");
+    static_assert(kSweepRows * kDim * 2 <= kStages * kStageBytes,
+                  "queries pass through the stages");
 };
 
 // Where this thread's accumulators lie: element e of acc[m][n].
@@ -38,9 +38,8 @@ struct SweepLane {
     int warp_n = static_cast<int>(threadIdx.x) / 32 / kSweepWarpsM;
     int lane = static_cast<int>(threadIdx.x) % 32;
 
-    __device__ int row(int m, int half) const {
-        return (warp_m * kSweepMTiles + m) * 16 + half * 8 + lane / 4;
-    }
+    __device__ int row_begin() const { return warp_m * kSweepMTiles * 16; }
+    __device__ int row(int m, int half) const { return row_begin() + 16 * m + 8 * half + lane / 4; }
     // Within this warp's keys of the tile.
     __device__ int warp_key(int n, int e) const { return n * 8 + 2 * (lane % 4) + (e & 1); }
 };
@@ -72,8 +71,8 @@ __device__ void load_sweep_queries(SweepQueries<kDim>& queries, uint32_t stages_
         bool copy = rows.query[row] >= 0 && chunk * 8 < head_dim;
         const T* src = base;
         if (copy) {
-            src += cta.head(row) * query.stride_head + rows.query[row] * query.stride_seq +
-                   chunk * 8;
+            src +=
+                cta.head(row) * query.stride_head + rows.query[row] * query.stride_seq + chunk * 8;
         }
         ptx::cp_async_16(stages_smem + device::tile_offset<kDim>(row, chunk), src, copy);
     }
@@ -81,44 +80,8 @@ __device__ void load_sweep_queries(SweepQueries<kDim>& queries, uint32_t stages_
     ptx::cp_async_wait<0>();
     __syncthreads();
     SweepLane lane;
-    uint32_t q_lane = device::row_major_lane<kDim>(stages_smem, lane.warp_m * kSweepMTiles * 16);
-#pragma unroll
-    for (int k_step = 0; k_step < SweepShape<kDim>::kKSteps; ++k_step) {
-#pragma unroll
-        for (int m = 0; m < kSweepMTiles; ++m) {
-            ptx::ldmatrix_x4(queries.a[k_step][m],
-                             device::chunk_pair_address<kDim>(q_lane, 16 * m, k_step));
-        }
-    }
+    device::load_a_tiles<kDim, kSweepMTiles>(queries.a, stages_smem, lane.row_begin());
     __syncthreads();
-}
-
-// Raw products of this warp's rows and its keys of one stage.
-template <class T, int kDim>
-__device__ __forceinline__ void score_stage(SweepScores<kDim>& scores,
-                                            const SweepQueries<kDim>& queries,
-                                            uint32_t stage_smem, int first_key) {
-    constexpr int kNTiles = SweepShape<kDim>::kNTiles;
-#pragma unroll
-    for (int m = 0; m < kSweepMTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < kNTiles; ++n)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) scores.acc[m][n][e] = 0.0f;
-    uint32_t k_lane = device::column_major_lane<kDim>(stage_smem, first_key);
-#pragma unroll
-    for (int k_step = 0; k_step < SweepShape<kDim>::kKSteps; ++k_step) {
-#pragma unroll
-        for (int pair = 0; pair < kNTiles / 2; ++pair) {
-            uint32_t b[4];
-            ptx::ldmatrix_x4(b, device::chunk_pair_address<kDim>(k_lane, 16 * pair, k_step));
-#pragma unroll
-            for (int m = 0; m < kSweepMTiles; ++m) {
-                ptx::mma_m16n8k16<T>(scores.acc[m][2 * pair], queries.a[k_step][m], b[0], b[1]);
-                ptx::mma_m16n8k16<T>(scores.acc[m][2 * pair + 1], queries.a[k_step][m], b[2], b[3]);
-            }
-        }
-    }
 }
 
 // Keys of one (batch, KV head).
@@ -162,9 +125,10 @@ __device__ __forceinline__ void sweep_keys(const SweepQueries<kDim>& queries, ui
         __syncthreads();  // the tile is complete, and nobody reads the other stage any more
         if (tile < last_tile) copy(tile + 1);
         SweepScores<kDim> scores;
-        int warp_offset = lane.warp_n * Shape::kWarpKeys;
-        score_stage<T, kDim>(scores, queries,
-                             stages_smem + tile % Shape::kStages * Shape::kStageBytes, warp_offset);
+        int warp_offset = lane.warp_n * Shape::kWarpKeys;  // whole swizzle periods of 8 rows
+        device::score_tile<T, kDim>(
+            scores.acc, queries.a,
+            stages_smem + tile % Shape::kStages * Shape::kStageBytes + warp_offset * kDim * 2);
         body(scores, tile * Shape::kKeys + warp_offset);
     }
     __syncthreads();

@@ -22,9 +22,9 @@ __device__ __forceinline__ float from_ordered_key(uint32_t key) {
 
 // What is known of the k-th largest candidate of a row.
 struct RadixRow {
-    uint32_t prefix;    // its leading digits, or kNoPrefix
-    uint32_t remaining; // how many of the candidates that share the prefix are selected
-    uint32_t equal;     // how many candidates share the prefix
+    uint32_t prefix;     // its leading digits, or kNoPrefix
+    uint32_t remaining;  // how many of the candidates that share the prefix are selected
+    uint32_t equal;      // how many candidates share the prefix
 };
 // No shifted key equals it: the row takes no part in later passes.
 constexpr uint32_t kNoPrefix = 0xffffffffu;

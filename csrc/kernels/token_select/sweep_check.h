@@ -16,12 +16,14 @@ constexpr int64_t kMaxSweepKeys = INT_MAX - 64;
 inline Status refuse_sweep(const char* kernel_name, const char* reason) {
     Status status;
     status.code = StatusCode::kUnsupported;
-    std::snprintf(status.message, sizeof(status.message), "CUDA kernel %s: %s", kernel_name, reason);
+    std::snprintf(status.message, sizeof(status.message), "CUDA kernel %s: %s", kernel_name,
+                  reason);
     return status;
 }
 
 inline Status check_key_count(const char* kernel_name, const Problem& p) {
-    if (p.kv_len > kMaxSweepKeys) return refuse_sweep(kernel_name, "kv_len must be below 2^31 - 64");
+    if (p.kv_len > kMaxSweepKeys)
+        return refuse_sweep(kernel_name, "kv_len must be below 2^31 - 64");
     return {};
 }
 

@@ -1,5 +1,5 @@
-// Exact top-k of every row in O(n) memory: radix selection that recomputes the scores (mma.sync) for
-// each of four digits, and once more for the index of the last selected tie where it matters.
+// Exact top-k of every row in O(n) memory: radix selection that recomputes the scores (mma.sync)
+// for each of four digits, and once more for the index of the last selected tie where it matters.
 #include "kernels/launch.h"
 #include "kernels/token_select/radix.h"
 #include "kernels/token_select/sweep_check.h"
@@ -63,8 +63,7 @@ __device__ __forceinline__ void count_digits(uint32_t* histogram_smem,
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
                     float score = __fmul_rn(scores.acc[m][n][e], scale);
                     uint32_t leading = ordered_key(score) >> digit_shift;
-                    bool counts =
-                        score == score && leading >> kRadixBits == rows.prefix[m][half];
+                    bool counts = score == score && leading >> kRadixBits == rows.prefix[m][half];
                     if (kMasked) {
                         counts = counts && rows.bounds[m][half].contains(
                                                rows.anchors, first_key + lane.warp_key(n, e));
@@ -83,8 +82,7 @@ __device__ bool narrow_rows(Smem& smem, int pass) {
     int warp = static_cast<int>(threadIdx.x) / 32;
     bool active = false;
     for (int row = warp * kWarpRows; row < (warp + 1) * kWarpRows; ++row) {
-        RadixRow next =
-            narrow_row(smem.radix[row], smem.histogram + row * kHistogramStride, pass);
+        RadixRow next = narrow_row(smem.radix[row], smem.histogram + row * kHistogramStride, pass);
         __syncwarp();  // every lane has read the row that lane 0 now replaces
         if (threadIdx.x % 32 == 0) smem.radix[row] = next;
         active |= next.prefix != kNoPrefix;
@@ -126,7 +124,8 @@ __device__ __forceinline__ void mark_ties(uint32_t (&equal_bits)[kSweepRows][kSw
                 for (int e = 2 * half; e < 2 * half + 2; ++e) {
                     int key = lane.warp_key(n, e);
                     bool equal = __fmul_rn(scores.acc[m][n][e], scale) == threshold[m][half];
-                    bool tie = equal && rows.bounds[m][half].contains(rows.anchors, first_key + key);
+                    bool tie =
+                        equal && rows.bounds[m][half].contains(rows.anchors, first_key + key);
                     bits |= tie ? 1u << key : 0u;
                 }
             }
@@ -180,8 +179,8 @@ __device__ __forceinline__ void start_rows(TokenSelectSmem<kDim>& smem, int64_t 
 // Refines all rows by one digit and returns whether any row goes on. With lse_full, also sweeps the
 // keys that cannot be selected and writes the LSE of all visible ones.
 template <class T, int kDim>
-__device__ __forceinline__ bool run_pass(TokenSelectThread<T, kDim>& thread,
-                                         const Problem& problem, int pass, float* lse_full) {
+__device__ __forceinline__ bool run_pass(TokenSelectThread<T, kDim>& thread, const Problem& problem,
+                                         int pass, float* lse_full) {
     auto& smem = thread.smem;
     LaneRows& rows = thread.rows;
     SweepLane lane;
@@ -198,19 +197,19 @@ __device__ __forceinline__ bool run_pass(TokenSelectThread<T, kDim>& thread,
     int digit_shift = 32 - kRadixBits * (pass + 1);
     int32_t begin = lse_full ? 0 : rows.anchors;
     int32_t end = lse_full ? smem.rows.last_visible_end : thread.candidates_end;
-    sweep_keys<T, kDim>(
-        thread.queries, thread.stages_smem, thread.keys, begin, end,
-        [&](SweepScores<kDim>& scores, int32_t first_key) {
-            int32_t end_key = first_key + SweepShape<kDim>::kWarpKeys;
-            if (first_key >= rows.anchors && end_key <= rows.common_end) {
-                count_digits<kDim, false>(smem.histogram, scores, rows, problem.scale, first_key,
-                                          digit_shift);
-            } else {
-                count_digits<kDim, true>(smem.histogram, scores, rows, problem.scale, first_key,
-                                         digit_shift);
-            }
-            if (lse_full) add_to_lse(softmax, scores, problem.scale, visible_end, first_key);
-        });
+    sweep_keys<T, kDim>(thread.queries, thread.stages_smem, thread.keys, begin, end,
+                        [&](SweepScores<kDim>& scores, int32_t first_key) {
+                            int32_t end_key = first_key + SweepShape<kDim>::kWarpKeys;
+                            if (first_key >= rows.anchors && end_key <= rows.common_end) {
+                                count_digits<kDim, false>(smem.histogram, scores, rows,
+                                                          problem.scale, first_key, digit_shift);
+                            } else {
+                                count_digits<kDim, true>(smem.histogram, scores, rows,
+                                                         problem.scale, first_key, digit_shift);
+                            }
+                            if (lse_full)
+                                add_to_lse(softmax, scores, problem.scale, visible_end, first_key);
+                        });
     bool active = narrow_rows(smem, pass);
     if (lse_full) {
         float lse = finish_lse(softmax, smem.lse_parts);
@@ -248,19 +247,19 @@ __device__ __forceinline__ int32_t find_ties(TokenSelectThread<T, kDim>& thread,
         }
     }
     constexpr int kWarpKeys = SweepShape<kDim>::kWarpKeys;
-    sweep_keys<T, kDim>(
-        thread.queries, thread.stages_smem, thread.keys, thread.rows.anchors,
-        thread.candidates_end, [&](SweepScores<kDim>& scores, int32_t first_key) {
-            mark_ties<kDim>(smem.equal_bits, scores, thread.rows, threshold, problem.scale,
-                            first_key);
-            __syncthreads();  // the sweep's own barrier keeps the next tile's marks from these reads
-            if (own_row >= kSweepRows) return;
-            int32_t tile_key = first_key - lane.warp_n * kWarpKeys;
+    sweep_keys<T, kDim>(thread.queries, thread.stages_smem, thread.keys, thread.rows.anchors,
+                        thread.candidates_end, [&](SweepScores<kDim>& scores, int32_t first_key) {
+                            mark_ties<kDim>(smem.equal_bits, scores, thread.rows, threshold,
+                                            problem.scale, first_key);
+                            __syncthreads();  // the sweep's own barrier keeps the next tile's marks
+                                              // from these reads
+                            if (own_row >= kSweepRows) return;
+                            int32_t tile_key = first_key - lane.warp_n * kWarpKeys;
 #pragma unroll
-            for (int n = 0; n < kSweepWarpsN; ++n) {
-                search.look(smem.equal_bits[own_row][n], tile_key + n * kWarpKeys);
-            }
-        });
+                            for (int n = 0; n < kSweepWarpsN; ++n) {
+                                search.look(smem.equal_bits[own_row][n], tile_key + n * kWarpKeys);
+                            }
+                        });
     return search.tie_index;
 }
 
@@ -312,7 +311,7 @@ Status token_select_sm80(const TokenSelectParams& params, const LaunchContext& c
     bounded.problem = bound_window(params.problem);
     return with_sweep_shape(params.problem, [&](auto type, auto dim) {
         return launch_token_select<typename decltype(type)::type, decltype(dim)::value>(bounded,
-                                                                                       context);
+                                                                                        context);
     });
 }
 
