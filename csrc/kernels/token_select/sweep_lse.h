@@ -9,10 +9,10 @@ namespace condensate::kernels {
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// Maximum (in units of log2) and sum of a row over the keys of one column of warps.
+// sum * 2^reference of a row over the keys of one column of warps.
 struct LsePart {
-    float row_max;
-    float row_sum;
+    float reference;
+    float sum;
 };
 
 // Scales raw products and hides the keys at or past each row's end; `scores` become weights.
@@ -35,14 +35,15 @@ __device__ __forceinline__ void add_to_lse(device::OnlineSoftmax<kSweepMTiles>& 
         }
     }
     float rescale[kSweepMTiles][2];
-    softmax.template step<SweepScores<kDim>::kNTiles>(scores.acc, kLog2E, rescale);
+    softmax.raise(scores.acc, kLog2E, rescale);
+    softmax.weigh(scores.acc, kLog2E);
 }
 
 __device__ __forceinline__ float merge_lse(LsePart a, LsePart b) {
-    float row_max = fmaxf(a.row_max, b.row_max);
-    float reference = device::finite_reference(row_max);
-    float sum = a.row_sum * exp2f(a.row_max - reference) + b.row_sum * exp2f(b.row_max - reference);
-    return sum == 0.0f ? -INFINITY : (row_max + log2f(sum)) * kLn2;
+    float largest = fmaxf(a.reference, b.reference);
+    float reference = device::finite_reference(largest);
+    float sum = a.sum * exp2f(a.reference - reference) + b.sum * exp2f(b.reference - reference);
+    return sum == 0.0f ? -INFINITY : (largest + log2f(sum)) * kLn2;
 }
 
 // Natural-log LSE of row threadIdx.x in threads 0..kSweepRows-1. All threads call it; `parts` is
@@ -56,7 +57,7 @@ __device__ __forceinline__ float finish_lse(device::OnlineSoftmax<kSweepMTiles>&
         for (int m = 0; m < kSweepMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                parts[lane.row(m, half)][lane.warp_n] = {softmax.row_max[m][half],
+                parts[lane.row(m, half)][lane.warp_n] = {softmax.reference[m][half],
                                                          softmax.row_sum[m][half]};
             }
         }
