@@ -1,0 +1,253 @@
+"""``python -m condensate_ext demo``: what is attended, what is left out, and what that saves.
+
+Without arguments it takes a captured layer of a trained model that ships with the package: no
+network, no GPU. With --model it runs a Hugging Face causal LM through the op and compares it with
+itself under dense attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from condensate_ext import captured
+from condensate_ext.captured import CapturedLayer
+from condensate_ext.ops import (
+    attention,
+    attention_forward,
+    block_sparse_attention,
+    block_summaries,
+    omitted_mass,
+    select_blocks,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WINDOW, ANCHORS = 256, 64
+# (selector, keys per query in all)
+LAYER_CASES = (
+    ("block", 512),
+    ("block", 1024),
+    ("block", 2048),
+    ("quest", 1024),
+    ("mean", 1024),
+    ("exact", 1024),
+)
+DRAWN_KEYS = 1024
+GPU_LENGTHS = (32768, 131072)
+GPU_KEYS = 2048
+GPU_HEADS, GPU_KV_HEADS, GPU_HEAD_DIM = 32, 8, 128
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Median wall time of a call, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times[1:])
+
+
+def policy(selector: str, keys: int) -> dict[str, Any]:
+    """Keyword arguments of :func:`condensate_ext.attention` for ``keys`` per query in all."""
+    topk = keys - WINDOW - ANCHORS
+    return {"window": WINDOW, "anchors": ANCHORS, "topk": topk, "selector": selector}
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """torch's attention for queries that are the last of the keys' positions."""
+    if query.shape[2] == key.shape[2]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    mask = mask.tril(key.shape[2] - query.shape[2])
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def keys_per_query(layer: CapturedLayer, selector: str, keys: int) -> float:
+    """Keys that a query attends, on average: with queries of 0 every key adds 1 to exp(lse)."""
+    if selector == "exact":
+        return float(keys)  # every query of the layer has more keys than the budget
+    lists = select_blocks(
+        layer.query,
+        block_summaries(layer.key, selector=selector),  # type: ignore[arg-type]
+        kv_len=layer.key.shape[2],
+        **policy(selector, keys),
+    )
+    zero = torch.zeros_like(layer.query)
+    _, lse = block_sparse_attention(
+        zero, layer.key, layer.value, *lists, window=WINDOW, anchors=ANCHORS
+    )
+    return lse.exp().mean().item()
+
+
+def layer_table(layer: CapturedLayer) -> Table:
+    """Dense attention and every case on the captured layer."""
+    from rich.table import Table
+
+    device, queries, keys = layer.query.device, layer.query.shape[2], layer.key.shape[2]
+    table = Table(
+        title=f"{layer.model}, layer {layer.layer}: the last {queries} of {keys} tokens, "
+        f"{str(layer.query.dtype).removeprefix('torch.')} on {device.type}"
+    )
+    columns = (
+        "keys per query",
+        "ms",
+        "speed-up",
+        "omitted, estimated",
+        "omitted, audited",
+        "error",
+    )
+    table.add_column("attention")
+    for column in columns:
+        table.add_column(column, justify="right")
+    dense = dense_attention(layer.query, layer.key, layer.value)
+    dense_ms = milliseconds(lambda: dense_attention(layer.query, layer.key, layer.value), device)
+    visible = keys - (queries - 1) / 2
+    table.add_row("dense (torch)", f"{visible:.0f}", f"{dense_ms:.1f}", "1.0x", "0", "0", "0")
+    for selector, budget in LAYER_CASES:
+        arguments = (layer.query, layer.key, layer.value)
+        options = policy(selector, budget)
+        out, lse, estimate = attention_forward(*arguments, **options)
+        audited = omitted_mass(layer.query, layer.key, lse)
+        error = (out.float() - dense.float()).norm() / dense.float().norm()
+        ms = milliseconds(lambda o=options, a=arguments: attention(*a, **o), device)  # type: ignore[misc]
+        table.add_row(
+            selector,
+            f"{keys_per_query(layer, selector, budget):.0f}",
+            f"{ms:.1f}",
+            f"{dense_ms / ms:.1f}x",
+            f"{estimate.mean().item():.3f}",
+            f"{audited.mean().item():.3f}",
+            f"{error.item():.3f}",
+        )
+    return table
+
+
+def best_dense_ms(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, str]:
+    """torch's fastest dense kernel for this call."""
+    times = {}
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(backend):
+            try:
+                times[backend.name] = milliseconds(
+                    lambda: dense_attention(query, key, value), query.device
+                )
+            except RuntimeError:  # this torch or this GPU has no such kernel; the other one counts
+                continue
+    if not times:
+        raise RuntimeError("torch has neither a cuDNN nor a flash attention kernel for this GPU")
+    name = min(times, key=lambda candidate: times[candidate])
+    return times[name], name.removesuffix("_ATTENTION").lower()
+
+
+def long_table(device: torch.device) -> Table:
+    """Time at lengths that the captured layer does not have, on random normal numbers."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"prefill of random normal numbers: {GPU_HEADS} query and {GPU_KV_HEADS} KV heads, "
+        f"head_dim {GPU_HEAD_DIM}, bfloat16, {GPU_KEYS} keys per query, selection included"
+    )
+    for column in ("tokens", "condensate ms", "best dense ms", "speed-up"):
+        table.add_column(column, justify="right")
+    for length in GPU_LENGTHS:
+        query, key, value = (
+            torch.randn(1, heads, length, GPU_HEAD_DIM, device=device, dtype=torch.bfloat16)
+            for heads in (GPU_HEADS, GPU_KV_HEADS, GPU_KV_HEADS)
+        )
+        options = policy("block", GPU_KEYS)
+        call = lambda q=query, k=key, v=value: attention(q, k, v, **options)  # noqa: E731, B023
+        ours = milliseconds(call, device)
+        dense, name = best_dense_ms(query, key, value)
+        table.add_row(str(length), f"{ours:.2f}", f"{dense:.2f} ({name})", f"{dense / ours:.1f}x")
+    return table
+
+
+def draw_support(layer: CapturedLayer, path: Path) -> str:
+    """Draws the picture, or says why there is none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return "No picture: drawing it needs matplotlib; `pip install matplotlib` adds it."
+    from condensate_ext import support_plot
+
+    options = policy("block", DRAWN_KEYS)
+    support_plot.draw(
+        layer, path, window=options["window"], anchors=options["anchors"], topk=options["topk"]
+    )
+    return f"The support of one head with {DRAWN_KEYS} keys per query: {path}"
+
+
+def run_layer(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(width=max(100, Console().width))
+    shipped = captured.load()
+    device = torch.device(options.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.no_grad():
+        query, key, value = (
+            t.to(device, dtype) for t in (shipped.query, shipped.key, shipped.value)
+        )
+        console.print(layer_table(replace(shipped, query=query, key=key, value=value)))
+        console.print(
+            "omitted: softmax mass outside the attended keys, as the selection estimates it and as "
+            "scoring every key measures it.\nerror: norm of the difference to dense attention's "
+            "output, relative.\ndense: scaled_dot_product_attention with a mask, as the queries "
+            "are the last of the text."
+        )
+        if device.type == "cuda":
+            console.print(long_table(device))
+        console.print(draw_support(shipped, options.png))
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="condensate demo", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--png", type=Path, default=Path("condensate_support.png"))
+    model = parser.add_argument_group("a language model")
+    model.add_argument("--model", type=Path, help="folder of a Hugging Face causal LM")
+    model.add_argument("--text", type=Path, help="text file; default: sources of Python's library")
+    model.add_argument("--context", type=int, help="tokens; default: 4096, on a GPU 32768")
+    model.add_argument("--keys", type=int, nargs="+", default=[1024, 2048], help="keys per query")
+    model.add_argument("--selector", default="block", choices=("block", "quest", "mean", "exact"))
+    model.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
+    model.add_argument("--decode", type=int, help="tokens compared one query at a time")
+    model.add_argument("--new-tokens", type=int, default=64, help="tokens generated greedily")
+    model.add_argument("--needles", type=int, default=0, help="retrieval questions to ask")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo and returns its exit status."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        print("The demo prints with rich, which is not installed: `pip install rich` adds it.")
+        return 1
+    if options.model is None:
+        return run_layer(options)
+    from condensate_ext import demo_model
+
+    return demo_model.run(options)

@@ -1,0 +1,138 @@
+"""The demo's second half: a language model through the op, compared with itself."""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condensate_ext import demo, evaluate
+from condensate_ext.evaluate import Policy
+
+_NEEDLE_DISTANCE = 24576  # tokens; farther than that small models fail densely too
+
+
+def _default_text() -> str:
+    """Sources of Python's own library: text that every machine has."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py")))
+
+
+def _read_text(path: Path | None) -> str:
+    """The file's first document; NUL bytes separate documents."""
+    return _default_text() if path is None else path.read_text(encoding="utf-8").split("\0")[0]
+
+
+class _Setup:
+    """The model on its device, and as much text as the context holds."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        gpu = torch.device(options.device).type == "cuda"
+        dtype = options.dtype or ("bfloat16" if gpu else "float32")
+        self.context = options.context or (32768 if gpu else 4096)
+        self.decode_tokens = options.decode or min(512 if gpu else 64, self.context // 4)
+        self.text = _read_text(options.text)[: 16 * self.context]
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        )
+        self.model = model.to(options.device).eval()
+        ids = self.tokenizer(self.text, return_tensors="pt", add_special_tokens=False).input_ids
+        if ids.shape[1] < self.context + 1:
+            raise SystemExit(
+                f"--text has {ids.shape[1]} tokens, --context {self.context} needs one more than "
+                f"that: give a longer text or --context {max(ids.shape[1] - 1, 0)}."
+            )
+        self.ids: Tensor = ids[:, : self.context + 1].to(options.device)
+        self.title = f"{options.model.name}, {self.context} tokens, {dtype} on {options.device}"
+
+
+def _fidelity_table(setup: _Setup, policies: list[Policy]) -> Any:
+    """Prefill and decode of the text, each against dense attention."""
+    from rich.table import Table
+
+    table = Table(title=f"{setup.title}: against dense attention")
+    columns = ("tokens compared", "top-1 agreement", "KL, nats", "perplexity, dense", "its change")
+    for column in ("run", "selector", "keys per query"):
+        table.add_column(column)
+    for column in columns:
+        table.add_column(column, justify="right")
+    decoded = evaluate.compare_decode(setup.model, setup.ids, policies, setup.decode_tokens)
+    prefilled = [evaluate.compare_prefill(setup.model, setup.ids, policy) for policy in policies]
+    for run, results in (("prefill", prefilled), ("decode", decoded)):
+        for policy, result in zip(policies, results, strict=True):
+            table.add_row(
+                run,
+                policy["selector"],
+                str(policy["window"] + policy["anchors"] + policy["topk"]),
+                str(result.tokens),
+                f"{100 * result.top1:.1f} %",
+                f"{result.kl:.4f}",
+                f"{result.ppl_dense:.3f}",
+                f"{result.dppl_percent:+.2f} %",
+            )
+    return table
+
+
+def _needle_lines(setup: _Setup, policies: list[Policy], count: int) -> list[str]:
+    needles = evaluate.make_needles(count)
+    distance = min(_NEEDLE_DISTANCE, setup.context)
+    document = evaluate.hide_needles(setup.tokenizer, setup.text, needles, setup.context, distance)
+    lines = []
+    for policy in (None, *policies):
+        share = evaluate.ask_needles(
+            setup.model, setup.tokenizer, document, needles, policy, setup.context
+        )
+        name = "dense" if policy is None else _name(policy)
+        lines.append(f"  {name:<24}{share * count:.0f} of {count}")
+    return ["Needles, first answer token right, question in the last tile:", *lines]
+
+
+def _name(policy: Policy) -> str:
+    return f"{policy['selector']}, {policy['window'] + policy['anchors'] + policy['topk']} keys"
+
+
+def _generation_lines(setup: _Setup, policies: list[Policy], new_tokens: int) -> list[str]:
+    """Greedy continuations: prefill and every step through the op."""
+    prompt = setup.ids[:, : setup.context - new_tokens]
+    covering = {"topk": (setup.context + 63) // 64 * 64, "selector": policies[0]["selector"]}
+    runs: list[tuple[str, Policy | None]] = [("dense", None), ("budget >= context", covering)]
+    runs += [(_name(policy), policy) for policy in policies]
+    lines, dense = [], None
+    for name, policy in runs:
+        began = time.perf_counter()
+        tokens = evaluate.greedy_tokens(setup.model, prompt, new_tokens, policy)
+        seconds = time.perf_counter() - began
+        dense = tokens if dense is None else dense
+        equal = [a == b for a, b in zip(dense, tokens, strict=True)]
+        identical = equal.index(False) if False in equal else len(equal)
+        text = setup.tokenizer.decode(tokens[:16])
+        lines.append(f"  {name:<24}{identical:>4} of {new_tokens}  {seconds:6.1f} s  {text!r}")
+    return ["Greedy continuation, tokens identical to dense before the first difference:", *lines]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Everything about one model; returns the exit status."""
+    from rich.console import Console
+
+    console = Console(width=max(110, Console().width))
+    try:
+        setup = _Setup(options)
+    except ImportError as error:
+        console.print(f"--model needs transformers ({error}): `pip install transformers` adds it.")
+        return 1
+    policies = [demo.policy(options.selector, keys) for keys in options.keys]
+    console.print(_fidelity_table(setup, policies))
+    sections = [_generation_lines(setup, policies, options.new_tokens)]
+    if options.needles:
+        sections.append(_needle_lines(setup, policies, options.needles))
+    for lines in sections:
+        console.print("\n".join(lines), markup=False, highlight=False)
+    return 0
