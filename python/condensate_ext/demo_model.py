@@ -37,7 +37,7 @@ class _Setup:
         gpu = torch.device(options.device).type == "cuda"
         dtype = options.dtype or ("bfloat16" if gpu else "float32")
         self.context = options.context or (32768 if gpu else 4096)
-        self.decode_tokens = options.decode or min(512 if gpu else 64, self.context // 4)
+        self.decode_tokens = options.decode or min(512 if gpu else 256, self.context // 4)
         self.text = _read_text(options.text)[: 16 * self.context]
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = AutoModelForCausalLM.from_pretrained(

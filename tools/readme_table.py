@@ -1,0 +1,137 @@
+"""Writes the tables of README.md from the committed results: `python tools/readme_table.py`.
+
+Every figure between the markers comes from bench/results/nvidia-h200; `--check` changes nothing and
+fails when the README says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results" / "nvidia-h200"
+PROTOCOLS = {
+    "decode": "decode, one query at a time",
+    "needles": "needles, asked in the last tile",
+}
+Record = dict[str, Any]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def caption(document: Record, what: str) -> str:
+    e = document["environment"]
+    return f"{what}. {e['gpu']}, torch {e['torch']}, CUDA {e['cuda']}, {e['date']}."
+
+
+def where_dense_wins(records: list[Record]) -> str:
+    slower = [f"{r['n']:,} tokens with {r['budget']:,} keys" for r in records if r["speedup"] < 1]
+    if not slower:
+        shortest = min(r["n"] for r in records)
+        return f"Dense attention was slower in every case measured, from {shortest:,} tokens on."
+    return f"**Dense attention wins** at {', '.join(slower)}: use it there."
+
+
+def prefill_table(document: Record) -> str:
+    records = sorted(document["records"], key=lambda r: (r["n"], r["heads"], r["budget"]))
+    rows = [
+        [
+            f"{r['n']:,}, H{r['heads']} KV{r['kv_heads']} d{r['head_dim']} {r['dtype']}",
+            f"{r['budget']:,}",
+            milliseconds(r["total_ms"]),
+            milliseconds(r["select_ms"]),
+            f"{milliseconds(r['peer_ms'])} ({r['peer'].removeprefix('sdpa_')})",
+            f"{r['speedup']:.1f}x",
+            f"{r['memory_percent']:.0f} %",
+        ]
+        for r in records
+    ]
+    header = [
+        "tokens, shape", "keys per query", "`attention()` ms", "of it selection",
+        "torch's best dense ms", "speed-up", "memory, of K and V",
+    ]  # fmt: skip
+    title = caption(document, "Causal prefill, batch 1, selection included")
+    return f"{title}\n\n{markdown(header, rows)}\n\n{where_dense_wins(records)}"
+
+
+def result(record: Record) -> list[str]:
+    if record["needle_first"] is not None:
+        return [f"first answer token right: {100 * record['needle_first']:.0f} %"]
+    if record["identical_tokens"] is not None:
+        return [f"{record['identical_tokens']} of {record['tokens']} tokens identical to dense"]
+    return [
+        f"KL {record['kl']:.4f}, top-1 {100 * record['top1']:.1f} %, "
+        f"perplexity {record['dppl_percent']:+.1f} %"
+    ]
+
+
+def fidelity_table(document: Record) -> str:
+    rows = []
+    for r in document["records"]:
+        protocol = PROTOCOLS.get(r["protocol"], r["protocol"] + ", budget >= context")
+        keys = "all" if r["keys"] is None else f"{r['keys']:,}"
+        sample = f"{r['tokens']} in {r['documents']}"
+        rows.append([protocol, r["selector"], keys, *result(r), sample])
+    s = document["settings"]
+    what = (
+        f"`{s['model']}` (30 M parameters) on held-out source code, {s['context']:,} tokens of "
+        f"context, {s['dtype']}, every layer through the op, no far field"
+    )
+    header = [
+        "protocol",
+        "selector",
+        "keys per query",
+        "against dense",
+        "tokens or questions, texts",
+    ]
+    return f"{caption(document, what)}\n\n{markdown(header, rows)}"
+
+
+TABLES = {"prefill": prefill_table, "fidelity": fidelity_table}
+
+
+def fill(text: str) -> str:
+    """The README with every table made anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: made by tools/readme_table.py -->", f"<!-- end of {name} -->"
+        head, _, rest = text.partition(begin)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise SystemExit(f"README.md lacks the markers of table '{name}'")
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            text = f"{head}{begin}\n{table(document)}\n{end}{tail}"
+        else:
+            print(f"{path} is missing: table '{name}' stays as it is", file=sys.stderr)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail when the README differs")
+    options = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = fill(before)
+    if options.check:
+        if before != after:
+            print("README.md differs from the results: run tools/readme_table.py", file=sys.stderr)
+        return int(before != after)
+    README.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
