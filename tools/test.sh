@@ -17,6 +17,7 @@ mkdir -p "$work"
 
 step "static checks"
 python tools/check_includes.py
+python tools/readme_table.py --check
 git ls-files -z '*.h' '*.cuh' '*.cc' '*.cu' '*.inl' | xargs -0 clang-format --dry-run -Werror
 ruff check .
 mypy
