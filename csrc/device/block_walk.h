@@ -15,7 +15,7 @@ struct BlockStep {
 
 // Invalid list entries (negative, out of range, not ascending) are skipped and noted in `errors`.
 class BlockWalk {
-public:
+  public:
     // `list` may be null; `count` is the claimed number of entries, `width` the list's true size.
     __device__ BlockWalk(const Ranges& ranges, TileSpan tile, const int32_t* list, int64_t count,
                          int64_t width)
@@ -48,7 +48,7 @@ public:
 
     uint32_t errors = 0;
 
-private:
+  private:
     __device__ void advance_range(int previous) {
         int block = previous + 1;
         if (block >= anchors_end_ && block < window_begin_) block = window_begin_;

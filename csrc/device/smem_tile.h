@@ -30,7 +30,8 @@ __device__ __forceinline__ uint32_t row_major_lane(uint32_t tile_smem, int row) 
     int lane = threadIdx.x & 31;
     return tile_smem + tile_offset<kDim>(row + (lane & 15), lane >> 4);
 }
-// The same for (rows 0-7, left), (0-7, right), (8-15, left), (8-15, right): B operands stored [n][k].
+// The same for (rows 0-7, left), (0-7, right), (8-15, left), (8-15, right): B operands stored
+// [n][k].
 template <int kDim>
 __device__ __forceinline__ uint32_t column_major_lane(uint32_t tile_smem, int row) {
     int lane = threadIdx.x & 31;

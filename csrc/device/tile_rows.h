@@ -9,9 +9,9 @@ namespace condensate::device {
 
 struct TileRows {
     int batch, kv_head, group;
-    int positions;       // P, a power of two
+    int positions;  // P, a power of two
     int log2_positions;
-    int64_t first_query; // of the tile
+    int64_t first_query;  // of the tile
     int64_t query_len, kv_len;
     int64_t tile_index;  // in [B, Hkv, T]
 
@@ -36,7 +36,9 @@ struct TileRows {
     __device__ int64_t query(int row) const { return first_query + (row & (positions - 1)); }
     __device__ int head(int row) const { return kv_head * group + (row >> log2_positions); }
     __device__ bool exists(int row) const { return row < rows() && query(row) < query_len; }
-    __device__ int64_t position(int row) const { return query_position(query(row), query_len, kv_len); }
+    __device__ int64_t position(int row) const {
+        return query_position(query(row), query_len, kv_len);
+    }
     __device__ TileSpan span() const {
         return tile_span(first_query >> log2_positions, positions, query_len, kv_len);
     }

@@ -6,7 +6,8 @@
 
 namespace condensate::ptx {
 
-// Copies 16 bytes past L1, or writes 16 zero bytes when `copy` is false (the source is then not read).
+// Copies 16 bytes past L1, or writes 16 zero bytes when `copy` is false (the source is then not
+// read).
 __device__ __forceinline__ void cp_async_16(uint32_t dst_smem, const void* src_gmem, bool copy) {
     int src_bytes = copy ? 16 : 0;
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(dst_smem),

@@ -60,8 +60,9 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     BlockSelectParams params;
     params.selector = parse_selector(op, selector);
     if (params.selector == Selector::kExact)
-        fail(op, "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
-                 "single keys: use select_tokens.");
+        fail(op,
+             "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
+             "single keys: use select_tokens.");
     check_available(op, top_p, false);
     check_budget(op, topk, params.selector);
     params.query = view4(query_argument);

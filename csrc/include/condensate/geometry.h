@@ -9,11 +9,11 @@
 
 namespace condensate {
 
-constexpr int kBlockKeys = 64;         // keys of a selected block
-constexpr int kTileRows = 128;         // rows (positions x query heads of one KV head) of a tile, at most
+constexpr int kBlockKeys = 64;  // keys of a selected block
+constexpr int kTileRows = 128;  // rows (positions x query heads of one KV head) of a tile, at most
 constexpr int kMaxTilePositions = 64;  // positions of a tile, at most
-constexpr int kQueryPool = 4;          // consecutive positions whose queries are averaged for scoring
-constexpr int kMaxGroup = 64;          // query heads per KV head, at most
+constexpr int kQueryPool = 4;  // consecutive positions whose queries are averaged for scoring
+constexpr int kMaxGroup = 64;  // query heads per KV head, at most
 constexpr int kMaxHeadDim = 256;
 
 CONDENSATE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,8 +116,8 @@ CONDENSATE_HOST_DEVICE BlockCover block_cover(const Ranges& r, TileSpan t, int64
     int64_t begin = block * kBlockKeys, end = begin + kBlockKeys - 1;  // inclusive
     if (begin >= r.kv_len || (r.causal && begin > t.last)) return BlockCover::kNone;
     bool all_visible = end < r.kv_len && (!r.causal || end <= t.first);
-    bool any_window = end > t.first - r.window && (r.causal || begin < t.last + r.window) &&
-                      r.window > 0;
+    bool any_window =
+        end > t.first - r.window && (r.causal || begin < t.last + r.window) && r.window > 0;
     bool any = listed || begin < r.anchors || any_window;
     if (!any) return BlockCover::kNone;
     bool all_window = begin > t.last - r.window && (r.causal || end < t.first + r.window);
@@ -145,7 +145,8 @@ CONDENSATE_HOST_DEVICE BlockRange window_blocks(const Ranges& r, TileSpan t) {
     return {begin / kBlockKeys, end / kBlockKeys + 1};
 }
 
-// Keys (exact) or blocks (the other selectors) that the fullest row or tile could select from, at most.
+// Keys (exact) or blocks (the other selectors) that the fullest row or tile could select from, at
+// most.
 CONDENSATE_HOST_DEVICE int64_t max_candidates(const Ranges& r, Selector selector) {
     int64_t last = r.kv_len - 1 - (r.causal ? r.window : 0);  // last key that can lie outside
     if (last < r.anchors) return 0;

@@ -29,9 +29,12 @@ Status choose_dim(const BlockSelectParams& params, const LaunchContext& context)
 template <class T>
 Status choose_selector(const BlockSelectParams& params, const LaunchContext& context) {
     switch (params.selector) {
-        case Selector::kQuest: return choose_dim<T, 4>(params, context);
-        case Selector::kMean: return choose_dim<T, 1>(params, context);
-        default: return choose_dim<T, 16>(params, context);
+        case Selector::kQuest:
+            return choose_dim<T, 4>(params, context);
+        case Selector::kMean:
+            return choose_dim<T, 1>(params, context);
+        default:
+            return choose_dim<T, 16>(params, context);
     }
 }
 
@@ -45,8 +48,9 @@ int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int s
 }
 
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context) {
-    return params.problem.dtype == DType::kFloat16 ? choose_selector<__half>(params, context)
-                                                   : choose_selector<__nv_bfloat16>(params, context);
+    return params.problem.dtype == DType::kFloat16
+               ? choose_selector<__half>(params, context)
+               : choose_selector<__nv_bfloat16>(params, context);
 }
 
 }  // namespace condensate::kernels

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(Traits::kThreads, kCtasPerSm)
     const int64_t items_per_head = ceil_div(tiles, Traits::kWarps);
     const int64_t items = problem.batch * problem.kv_heads * items_per_head;
     const int64_t units = summary_units(params.selector, problem.kv_len);
-    const int summary_dim = condensate::summary_dim(params.selector, static_cast<int>(problem.head_dim));
+    const int summary_dim =
+        condensate::summary_dim(params.selector, static_cast<int>(problem.head_dim));
     const int64_t scratch_blocks = num_blocks(problem.kv_len);
     const float scale_log2 = problem.scale * 1.44269504088896341f;
 

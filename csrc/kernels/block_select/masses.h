@@ -17,8 +17,9 @@ namespace condensate::kernels::block_select {
 //    1 unit a block:  the lane's own elements
 template <int kUnitsPerBlock, int kNTiles>
 struct LaneBlocks {
-    static constexpr int kCount =
-        kUnitsPerBlock == 16 ? 1 : kUnitsPerBlock == 4 ? kNTiles : 2 * kNTiles;
+    static constexpr int kCount = kUnitsPerBlock == 16  ? 1
+                                  : kUnitsPerBlock == 4 ? kNTiles
+                                                        : 2 * kNTiles;
 
     // Index among the group's blocks of this lane's value v.
     static __device__ __forceinline__ int index(int v) {
@@ -65,7 +66,7 @@ struct LaneBlocks {
         for (int v = 0; v < kCount; ++v) total[v] = total[v] <= FLT_MAX ? total[v] : 0.0f;
     }
 
-private:
+  private:
     // Sums over the quad; of four (two, one) sums lane t keeps number t (t / 2, 0).
     template <int kBlocks>
     static __device__ __forceinline__ float reduce_scatter(const float (&part)[kBlocks]) {
@@ -77,7 +78,8 @@ private:
             b += __shfl_xor_sync(kAll, high ? part[1] : part[3], 2);
             return (odd ? b : a) + __shfl_xor_sync(kAll, odd ? a : b, 1);
         } else if constexpr (kBlocks == 2) {
-            float a = (high ? part[1] : part[0]) + __shfl_xor_sync(kAll, high ? part[0] : part[1], 2);
+            float a =
+                (high ? part[1] : part[0]) + __shfl_xor_sync(kAll, high ? part[0] : part[1], 2);
             return a + __shfl_xor_sync(kAll, a, 1);
         } else {
             return device::quad_sum(part[0]);
@@ -148,7 +150,8 @@ struct RowNormaliser {
             for (int half = 0; half < 2; ++half) {
                 float previous = exponent[m][half];
                 float current = fminf(fmaxf(previous, device::quad_max(largest[m][half])), FLT_MAX);
-                float shift = device::finite_reference(current) - device::finite_reference(previous);
+                float shift =
+                    device::finite_reference(current) - device::finite_reference(previous);
                 exponent[m][half] = current;
                 sum[m][half] *= ptx::exp2_approx(-shift);
                 kept[m][half] *= ptx::exp2_approx(-shift);
@@ -199,8 +202,7 @@ __device__ __forceinline__ uint32_t group_max2(uint32_t x) {
 }
 __device__ __forceinline__ float group_max(float x) {
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
     return x;
 }
 

@@ -26,8 +26,7 @@ struct PooledRows {
     // Existing queries of the pool; 0 for rows past the tile or the sequence.
     __device__ int size(const device::TileRows& tile, int row) const {
         if (row >= rows) return 0;
-        return static_cast<int>(
-            min_i64(max_i64(tile.query_len - first_query(tile, row), 0), pool));
+        return static_cast<int>(min_i64(max_i64(tile.query_len - first_query(tile, row), 0), pool));
     }
     __device__ int64_t last_position(const device::TileRows& tile, int row) const {
         return query_position(first_query(tile, row) + size(tile, row) - 1, tile.query_len,
@@ -36,7 +35,8 @@ struct PooledRows {
 };
 
 // Units that a pooled query sees; units are in key order, so they are a prefix.
-__device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_position, int unit_keys) {
+__device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_position,
+                                             int unit_keys) {
     if (!r.causal || last_position >= r.kv_len - 1) {
         return static_cast<int>(ceil_div(r.kv_len, unit_keys));
     }
@@ -46,7 +46,8 @@ __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_posit
 // One warp fills its kRows x kDim tile. Quest's bound is a dot product of [max(q,0) | min(q,0)]
 // with [max | min], so its queries take two halves.
 template <class Traits>
-__device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem, const BlockSelectParams& params,
+__device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
+                                                    const BlockSelectParams& params,
                                                     const device::TileRows& tile,
                                                     const PooledRows& pooled) {
     using T = typename Traits::T;
@@ -72,7 +73,8 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem, const Bl
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 mean[e] = static_cast<float>(static_cast<T>(mean[e] / size));
-                if (quest) mean[e] = chunk < query_chunks ? fmaxf(mean[e], 0.0f) : fminf(mean[e], 0.0f);
+                if (quest)
+                    mean[e] = chunk < query_chunks ? fmaxf(mean[e], 0.0f) : fminf(mean[e], 0.0f);
             }
         }
         uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),

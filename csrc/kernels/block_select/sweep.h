@@ -31,7 +31,9 @@ CONDENSATE_HOST_DEVICE int period_of_step(int step) {
     return step < kSingle ? step : kSingle + (step - kSingle) / kLength;
 }
 // Records of a tile, rounded up so that what follows them is aligned to 16 bytes.
-CONDENSATE_HOST_DEVICE int64_t record_slots(int64_t num_blocks) { return ceil_div(num_blocks, 2) * 2; }
+CONDENSATE_HOST_DEVICE int64_t record_slots(int64_t num_blocks) {
+    return ceil_div(num_blocks, 2) * 2;
+}
 // Bytes of one tile's scratch: a record per block, 32 floats per period and for the end.
 CONDENSATE_HOST_DEVICE int64_t tile_scratch_bytes(int64_t num_blocks, int chunk_blocks) {
     int64_t periods = 2 + period_of_step(static_cast<int>(ceil_div(num_blocks, chunk_blocks)));
@@ -89,14 +91,17 @@ struct Sweep {
                 int row = 16 * m + 8 * half + lane / 4;
                 bool exists = work.num_blocks > 0 && pooled.size(tile, row) > 0;
                 visible[m][half] =
-                    exists ? visible_units(work.ranges, pooled.last_position(tile, row), unit_keys) : 0;
+                    exists ? visible_units(work.ranges, pooled.last_position(tile, row), unit_keys)
+                           : 0;
                 least = min(least, visible[m][half]);
             }
         }
         all_visible = __reduce_min_sync(0xffffffffu, least);
     }
 
-    __device__ uint32_t query_smem() const { return ptx::smem_address(smem.queries[threadIdx.x / 32]); }
+    __device__ uint32_t query_smem() const {
+        return ptx::smem_address(smem.queries[threadIdx.x / 32]);
+    }
 
     __device__ void hold_queries() {
         if constexpr (Traits::kQueriesInRegisters) {
@@ -186,8 +191,8 @@ struct Sweep {
         __syncwarp();  // records and references are written
         const float final_log2 = work.references[periods * 32 + lane];
         for (int p = 0; p < periods; ++p) {
-            float ratio = final_log2 == -INFINITY ? 0.0f
-                                                  : exp2f(work.references[p * 32 + lane] - final_log2);
+            float ratio =
+                final_log2 == -INFINITY ? 0.0f : exp2f(work.references[p * 32 + lane] - final_log2);
             for (int step = 1; step < 8; step *= 2)
                 ratio = fmaxf(ratio, __shfl_xor_sync(0xffffffffu, ratio, step));
             __syncwarp();  // all lanes have read this period's references
@@ -196,10 +201,12 @@ struct Sweep {
         __syncwarp();
         for (int block = lane; block < work.num_blocks; block += 32) {
             int step = step_of_chunk(block / Traits::kChunkBlocks, chunks);
-            float4 ratio = *reinterpret_cast<const float4*>(work.references + period_of_step(step) * 32);
+            float4 ratio =
+                *reinterpret_cast<const float4*>(work.references + period_of_step(step) * 32);
             uint2 running = work.records[block].running;
-            float largest = fmaxf(fmaxf(scaled(running.x << 16, ratio.x), scaled(running.x, ratio.y)),
-                                  fmaxf(scaled(running.y << 16, ratio.z), scaled(running.y, ratio.w)));
+            float largest =
+                fmaxf(fmaxf(scaled(running.x << 16, ratio.x), scaled(running.x, ratio.y)),
+                      fmaxf(scaled(running.y << 16, ratio.z), scaled(running.y, ratio.w)));
             work.records[block].word = is_eligible(work.ranges, work.span, block)
                                            ? __float_as_uint(largest * kBoundSlack)
                                            : kIneligible;

@@ -14,8 +14,8 @@ struct AttentionTraits {
     static constexpr int kWarps = 4;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kWarpRows = 16 * kMTiles;
-    static constexpr int kRows = kWarps * kWarpRows;          // of a tile, per CTA
-    static constexpr int kStepKeys = kDim <= 128 ? 64 : 32;   // keys of one pipeline step
+    static constexpr int kRows = kWarps * kWarpRows;         // of a tile, per CTA
+    static constexpr int kStepKeys = kDim <= 128 ? 64 : 32;  // keys of one pipeline step
     static constexpr int kStages = 2;
     static constexpr int kNTiles = kStepKeys / 8;  // 8-key score tiles of a step
     static constexpr int kDTiles = kDim / 8;       // 8-channel output tiles
