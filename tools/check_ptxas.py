@@ -1,7 +1,8 @@
 """Reads a build log with ptxas -v: prints a table of the kernels, fails on what costs speed.
 
 Faults: spills, local memory (a stack frame), serialised wgmma and every other ptxas warning, and a
-log without kernels (a build that did nothing proves nothing).
+log without kernels (a build that did nothing proves nothing). KNOWN_SPILLS excuses what is known
+and bounded; growing past the bound is a fault again.
 Usage: python tools/check_ptxas.py BUILD_LOG [BUILD_LOG ...]
 """
 
@@ -22,6 +23,17 @@ SHARED = re.compile(r"(\d+) bytes smem")
 # C7508 to C7515 say that wgmma was serialised; they appear as 'info' as well as 'warning'.
 FATAL = re.compile(r"^\s*ptxas\b.*(?:warning|\(C75\d\d\)|serializ)", re.IGNORECASE)
 
+# (architecture, kernel, template integers) -> most bytes of spill stores plus loads, either dtype.
+# These run at the limit of 255 registers (two CTAs a multiprocessor); fewer spills are welcome.
+KNOWN_SPILLS = {
+    ("sm_80", "attention_kernel", "Li128ELi2E"): 64,
+    ("sm_80", "attention_kernel", "Li64ELi2E"): 32,
+    ("sm_90", "attention_kernel", "Li128ELi2E"): 64,
+    ("sm_80", "block_select_kernel", "Li128ELi4E"): 160,
+    ("sm_90", "block_select_kernel", "Li128ELi1E"): 32,
+    ("sm_90", "block_select_kernel", "Li256ELi4E"): 320,
+}
+
 
 @dataclass
 class Function:
@@ -35,10 +47,19 @@ class Function:
     stack_bytes: int = 0
     spill_bytes: int = 0
 
+    def excused_bytes(self) -> int:
+        """Spills that KNOWN_SPILLS allows this function."""
+        bounds = (
+            bound
+            for (arch, kernel, integers), bound in KNOWN_SPILLS.items()
+            if arch == self.arch and kernel in self.name and integers in self.name
+        )
+        return max(bounds, default=0)
+
     def fault(self) -> str | None:
-        if self.spill_bytes:
+        if self.spill_bytes > self.excused_bytes():
             return f"spills {self.spill_bytes} bytes"
-        if self.stack_bytes:
+        if self.stack_bytes > self.spill_bytes:
             return f"uses {self.stack_bytes} bytes of local memory"
         return None
 
