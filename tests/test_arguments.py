@@ -153,7 +153,7 @@ def test_selection_arguments(refused, device):
     bad({"topk": 65}, "topk is 65", "pass 64 or 128")
     bad({"window": -2}, "window is -2")
     bad({}, "summaries has dtype float16", "expected one dtype", u=units.half())
-    bad({}, "summaries is not contiguous", u=units.mT.contiguous().mT[..., :])
+    bad({}, "summaries has stride", "summaries.contiguous()", u=units.mT.contiguous().mT[..., :])
     with pytest.raises(ValueError, match=r"top_p is 0\.5"):
         ops.select_blocks(query, units, top_p=0.5, **sound)
     refused("select_tokens", (query, key), {"topk": -1}, "topk is -1", "pass 0 to select nothing")

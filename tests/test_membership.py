@@ -14,7 +14,7 @@ from tests.testkit.cases import Case
 from tests.testkit.definition import listed_blocks, support_of_lists, tile_positions
 
 ops = torch.ops.condensate
-WINDOWS, ANCHORS = (1, 64, 129), (0, 1, 64, 67)
+WINDOWS, ANCHORS = (1, 64, 129), (0, 1, 64, 67, 130)
 
 
 def _attend(query, key, lists, ranges, value):
