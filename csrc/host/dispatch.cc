@@ -54,8 +54,9 @@ PlanRequest request_of(const TokenSelectParams& p) {
     request.problem = p.problem;
     request.selector = Selector::kExact;
     request.topk = p.topk;
-    request.aligned =
-        is_aligned16(p.query, p.problem.dtype) && is_aligned16(p.key, p.problem.dtype);
+    request.aligned = is_aligned16(p.query, p.problem.dtype) &&
+                      is_aligned16(p.key, p.problem.dtype) &&
+                      is_aligned16(p.value, p.problem.dtype);
     return request;
 }
 

@@ -18,11 +18,22 @@ bool has_one_cuda_kernel(Stage stage) {
     return stage == Stage::kBlockSummaries || stage == Stage::kMergeStates;
 }
 
+// What block_select_sm80 holds: a warp's 32 pooled queries, and their tile in 99 KB of shared
+// memory.
+constexpr int kMaxSelectGroup = 32;
+constexpr int kMaxSummaryDim = 256;
+
 // Null when the sm80 path can run the call, otherwise why not.
 const char* sm80_obstacle(const PlanRequest& request, const DeviceFacts& facts) {
     if (facts.sm_major < 8) return "compute capability below 8.0";
     if (request.problem.dtype == DType::kFloat32) return "float32 has no mma path";
     if (!request.aligned) return "a pointer or stride is not a multiple of 16 bytes";
+    if (request.stage == Stage::kSelectBlocks) {
+        const Problem& p = request.problem;
+        if (p.group() > kMaxSelectGroup) return "more than 32 query heads per KV head to score";
+        if (summary_dim(request.selector, static_cast<int>(p.head_dim)) > kMaxSummaryDim)
+            return "summaries of more than 256 elements";
+    }
     return nullptr;
 }
 

@@ -75,6 +75,7 @@ void attend_selected_tokens(Call& call, const Details& details) {
     select.problem = p;
     select.query = call.attention.query;
     select.key = call.attention.key;
+    select.value = call.attention.value;
     select.topk = call.topk;
     select.threshold = scratch.pointer<float>(threshold);
     select.tie_index = scratch.pointer<int32_t>(tie_index);

@@ -43,26 +43,28 @@ struct BlockSummaryParams {
 // query, summaries -> one ascending list of blocks per tile.
 struct BlockSelectParams {
     Problem problem;
-    Selector selector = Selector::kBlock;   // not kExact
-    ConstTensor4 query;                     // [B, Hq, Lq, D]
-    const void* summaries = nullptr;        // [B, Hkv, U, Ds] contiguous, dtype
-    int64_t max_blocks = 0;                 // K: width of the lists, the budget in blocks
-    int32_t* block_indices = nullptr;       // [B, Hkv, T, K] ascending, -1 padded
-    int32_t* block_counts = nullptr;        // [B, Hkv, T]
-    float* omitted_mass_estimate = nullptr; // [B, Hq, Lq] or null
-    void* workspace = nullptr;              // block_select_workspace_bytes(); null where that is 0
+    Selector selector = Selector::kBlock;    // not kExact
+    ConstTensor4 query;                      // [B, Hq, Lq, D]
+    const void* summaries = nullptr;         // [B, Hkv, U, Ds] contiguous, dtype
+    int64_t max_blocks = 0;                  // K: width of the lists, the budget in blocks
+    int32_t* block_indices = nullptr;        // [B, Hkv, T, K] ascending, -1 padded
+    int32_t* block_counts = nullptr;         // [B, Hkv, T]
+    float* omitted_mass_estimate = nullptr;  // [B, Hq, Lq] or null
+    void* workspace = nullptr;               // block_select_workspace_bytes(); null where that is 0
 };
 
 // query, key -> the score of the topk-th key outside anchors and window, per query and head.
 // Key j is selected iff score > threshold, or score == threshold and j <= tie_index.
 struct TokenSelectParams {
     Problem problem;
-    ConstTensor4 query;              // [B, Hq, Lq, D]
-    ConstTensor4 key;                // [B, Hkv, Lk, D]
+    ConstTensor4 query;  // [B, Hq, Lq, D]
+    ConstTensor4 key;    // [B, Hkv, Lk, D]
+    ConstTensor4 value;  // of the attention that will use the thresholds, or none: only
+                         // its layout counts, since both must score on the same path
     int64_t topk = 0;
-    float* threshold = nullptr;      // [B, Hq, Lq]; -inf where fewer than topk keys can be selected
-    int32_t* tie_index = nullptr;    // [B, Hq, Lq]
-    float* lse_full = nullptr;       // [B, Hq, Lq] natural log over all visible keys, or null
+    float* threshold = nullptr;    // [B, Hq, Lq]; -inf where fewer than topk keys can be selected
+    int32_t* tie_index = nullptr;  // [B, Hq, Lq]
+    float* lse_full = nullptr;     // [B, Hq, Lq] natural log over all visible keys, or null
 };
 
 // Softmax attention over anchors, window and what was selected.

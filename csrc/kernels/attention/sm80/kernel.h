@@ -25,7 +25,7 @@ struct Step {
 // Cuts the walk's blocks into steps of kStepKeys keys.
 template <class Traits>
 class StepWalk {
-public:
+  public:
     __device__ StepWalk(const Ranges& ranges, TileSpan tile, device::BlockWalk walk)
         : ranges_(ranges), tile_(tile), walk_(walk) {}
 
@@ -44,7 +44,7 @@ public:
     }
     __device__ uint32_t errors() const { return walk_.errors; }
 
-private:
+  private:
     Ranges ranges_;
     TileSpan tile_;
     device::BlockWalk walk_;
@@ -53,7 +53,8 @@ private:
 };
 
 template <class Traits>
-__device__ __forceinline__ void load_queries(typename Traits::Smem& smem, const AttentionParams& params,
+__device__ __forceinline__ void load_queries(typename Traits::Smem& smem,
+                                             const AttentionParams& params,
                                              const device::TileRows& tile, int first_row) {
     using T = typename Traits::T;
     constexpr int kChunks = Traits::kDim / 8;
@@ -133,9 +134,9 @@ __device__ __forceinline__ void mask_scores(float (&s)[Traits::kMTiles][Traits::
 
 // out += weights * values, with the weights rounded to the values' type.
 template <class Traits>
-__device__ __forceinline__ void accumulate_values(float (&out)[Traits::kMTiles][Traits::kDTiles][4],
-                                                  const float (&p)[Traits::kMTiles][Traits::kNTiles][4],
-                                                  uint32_t v_smem) {
+__device__ __forceinline__ void accumulate_values(
+    float (&out)[Traits::kMTiles][Traits::kDTiles][4],
+    const float (&p)[Traits::kMTiles][Traits::kNTiles][4], uint32_t v_smem) {
     using T = typename Traits::T;
     uint32_t v_lane = device::row_major_lane<Traits::kDim>(v_smem, 0);
 #pragma unroll
@@ -143,8 +144,8 @@ __device__ __forceinline__ void accumulate_values(float (&out)[Traits::kMTiles][
         uint32_t a[Traits::kMTiles][4];
 #pragma unroll
         for (int m = 0; m < Traits::kMTiles; ++m) {
-            const float(&left)[4] = p[m][2 * k_step];
-            const float(&right)[4] = p[m][2 * k_step + 1];
+            const float (&left)[4] = p[m][2 * k_step];
+            const float (&right)[4] = p[m][2 * k_step + 1];
             a[m][0] = device::pack2<T>(left[0], left[1]);
             a[m][1] = device::pack2<T>(left[2], left[3]);
             a[m][2] = device::pack2<T>(right[0], right[1]);
@@ -166,8 +167,10 @@ __device__ __forceinline__ void accumulate_values(float (&out)[Traits::kMTiles][
 
 // Divides by the sums and writes a warp's rows: registers -> its own rows of smem.q -> global.
 template <class Traits>
-__device__ __forceinline__ void store_rows(typename Traits::Smem& smem, const AttentionParams& params,
-                                           const device::TileRows& tile, int first_row, int warp_row,
+__device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
+                                           const AttentionParams& params,
+                                           const device::TileRows& tile, int first_row,
+                                           int warp_row,
                                            const float (&out)[Traits::kMTiles][Traits::kDTiles][4],
                                            const device::OnlineSoftmax<Traits::kMTiles>& softmax) {
     using T = typename Traits::T;
@@ -200,7 +203,8 @@ __device__ __forceinline__ void store_rows(typename Traits::Smem& smem, const At
         if (chunk * 8 >= params.problem.head_dim || !tile.exists(first_row + row)) continue;
         int64_t flat = tile.flat_row(first_row + row, params.problem.query_heads);
         *reinterpret_cast<uint4*>(out_gmem + flat * params.problem.head_dim + chunk * 8) =
-            *reinterpret_cast<const uint4*>(rows_smem + device::tile_offset<Traits::kDim>(row, chunk));
+            *reinterpret_cast<const uint4*>(rows_smem +
+                                            device::tile_offset<Traits::kDim>(row, chunk));
     }
 }
 
@@ -276,11 +280,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         if (problem.scale < 0.0f) device::negate(scores);
 
         float rescale[Traits::kMTiles][2];
-        if (softmax.step(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
+        if (softmax.raise(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
+        softmax.weigh(scores, scale_log2);
         accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
         step = next;
     }
 
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // a tile without steps has not waited for its queries, which `out` replaces
     softmax.reduce_sums();
     store_rows<Traits>(smem, params, tile, first_row, warp_row, out, softmax);
     if (walk.errors() && threadIdx.x == 0) atomicOr(error_word, walk.errors());

@@ -1,0 +1,1 @@
+"""Seeded faults that the suite has to find: `python -m tests.mutants`."""
