@@ -97,7 +97,9 @@ def flex_mask(case: Case, indices: torch.Tensor, counts: torch.Tensor) -> BlockM
     extra = exists & ~in_list  # [B, Hkv, T, M]
     everything = torch.cat([indices, ranges.expand(extra.shape).to(torch.int32)], dim=-1)
     full_blocks, full_counts = compact(everything, torch.cat([listed, extra & full], dim=-1))
-    blocks, block_counts = compact(ranges.expand(extra.shape), extra & ~full)
+    # Flex reads both kinds of lists with one stride, so both have the same width.
+    partial = torch.cat([torch.zeros_like(listed), extra & ~full], dim=-1)
+    blocks, block_counts = compact(everything, partial)
 
     positions, rows = case.tile_positions, case.tile_positions * case.group
     window, anchors = case.window, case.anchors

@@ -37,6 +37,9 @@ Status query_facts(int device, DeviceFacts* facts) {
                                     cudaDeviceGetAttribute(query.value, query.attribute, device));
         if (!status.ok()) return status;
     }
+#if defined(CONDENSATE_WITH_SM90A)
+    facts->sm90a_kernels = true;
+#endif
     facts->index = device;
     facts->cuda = true;
     return {};

@@ -72,6 +72,10 @@ PlanRequest request_of(const AttentionParams& p) {
     DType dtype = p.problem.dtype;
     request.aligned = is_aligned16(p.query, dtype) && is_aligned16(p.key, dtype) &&
                       is_aligned16(p.value, dtype) && is_aligned16(p.out);
+    const Problem& problem = p.problem;
+    request.boxed = is_boxed(p.query, problem.batch, problem.query_heads, problem.query_len) &&
+                    is_boxed(p.key, problem.batch, problem.kv_heads, problem.kv_len) &&
+                    is_boxed(p.value, problem.batch, problem.kv_heads, problem.kv_len);
     return request;
 }
 
@@ -201,6 +205,9 @@ Status launch(const TokenSelectParams& p, Path path, const LaunchContext& contex
                                : kernels::token_select_simt(p, context);
 }
 Status launch(const AttentionParams& p, Path path, const LaunchContext& context) {
+#if defined(CONDENSATE_WITH_SM90A)
+    if (path == Path::kSm90) return kernels::attention_sm90(p, context);
+#endif
     return path == Path::kSm80 ? kernels::attention_sm80(p, context)
                                : kernels::attention_simt(p, context);
 }

@@ -9,9 +9,14 @@
 namespace condensate {
 namespace {
 
-constexpr Path kPaths[] = {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt};
+constexpr Path kPaths[] = {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt, Path::kSm90};
 
-bool runs_on_cuda(Path path) { return path == Path::kSm80 || path == Path::kSimt; }
+bool runs_on_cuda(Path path) { return path != Path::kCpuReference && path != Path::kCpu; }
+
+// Stages without wgmma kernels run their sm80 ones when sm90 is forced.
+bool has_sm90_kernel(const PlanRequest& request) {
+    return request.stage == Stage::kAttention && !request.given_tokens;
+}
 
 // One kernel serves these stages on CUDA whatever the dtype, so sm80 and simt mean the same.
 bool has_one_cuda_kernel(Stage stage) {
@@ -37,31 +42,58 @@ const char* sm80_obstacle(const PlanRequest& request, const DeviceFacts& facts) 
     return nullptr;
 }
 
+// The same for the sm90 path of a stage that has one.
+const char* sm90_obstacle(const PlanRequest& request, const DeviceFacts& facts) {
+    const Problem& p = request.problem;
+    if (const char* obstacle = sm80_obstacle(request, facts)) return obstacle;
+    if (facts.sm_major != 9 || !facts.sm90a_kernels)
+        return "not compute capability 9.0, or a build without 90a";
+    if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
+    if (tile_positions(p.group()) < 8) return "more than 16 query heads per KV head";
+    if (p.query_len < tile_positions(p.group())) return "fewer queries than a tile";
+    if (p.kv_len < 1) return "no keys";
+    if (!request.boxed) return "a stride that the copy engine cannot take";
+    return nullptr;
+}
+
+Path best_cuda_path(const PlanRequest& request, const DeviceFacts& facts, const char** reason) {
+    *reason = "the stage's one CUDA kernel";
+    if (has_one_cuda_kernel(request.stage)) return Path::kSimt;
+    *reason = sm80_obstacle(request, facts);
+    if (*reason != nullptr) return Path::kSimt;
+    *reason = "half precision, aligned, sm >= 8.0";
+    if (!has_sm90_kernel(request)) return Path::kSm80;
+    *reason = sm90_obstacle(request, facts);
+    if (*reason != nullptr) return Path::kSm80;
+    *reason = "half precision, whole tiles, sm 9.0";
+    return Path::kSm90;
+}
+
+// Null when the call can run on the forced path.
+const char* forced_obstacle(const PlanRequest& request, const DeviceFacts& facts, Path path) {
+    if (runs_on_cuda(path) != facts.cuda)
+        return facts.cuda ? "the tensors are on a CUDA device" : "the tensors are on the CPU";
+    if (has_one_cuda_kernel(request.stage)) return nullptr;
+    if (path == Path::kSm90 && has_sm90_kernel(request)) return sm90_obstacle(request, facts);
+    return path == Path::kSm80 || path == Path::kSm90 ? sm80_obstacle(request, facts) : nullptr;
+}
+
 Status choose_path(const PlanRequest& request, const DeviceFacts& facts, const Policy& policy,
                    Plan* plan) {
-    const char* obstacle = facts.cuda ? sm80_obstacle(request, facts) : nullptr;
-    if (has_one_cuda_kernel(request.stage)) obstacle = nullptr;
     if (!policy.forced) {
-        plan->path = !facts.cuda ? Path::kCpu : obstacle != nullptr ? Path::kSimt : Path::kSm80;
-        if (facts.cuda && has_one_cuda_kernel(request.stage)) plan->path = Path::kSimt;
-        const char* why = !facts.cuda                          ? "tensors are on the CPU"
-                          : has_one_cuda_kernel(request.stage) ? "the stage's one CUDA kernel"
-                          : obstacle != nullptr ? obstacle
-                                                : "half precision, aligned, sm >= 8.0";
-        std::snprintf(plan->reason, sizeof(plan->reason), "%s", why);
+        const char* reason = "tensors are on the CPU";
+        plan->path = facts.cuda ? best_cuda_path(request, facts, &reason) : Path::kCpu;
+        std::snprintf(plan->reason, sizeof(plan->reason), "%s", reason);
         return {};
     }
-    if (runs_on_cuda(policy.path) != facts.cuda)
-        obstacle = facts.cuda ? "the tensors are on a CUDA device" : "the tensors are on the CPU";
-    else if (policy.path != Path::kSm80)
-        obstacle = nullptr;
-    if (obstacle != nullptr)
+    if (const char* obstacle = forced_obstacle(request, facts, policy.path))
         return make_status(StatusCode::kInvalidArgument,
                            "%s: CONDENSATE_FORCE_PATH is %s, which cannot run this call: %s; unset "
                            "it, or force %s.",
                            stage_name(request.stage), path_name(policy.path), obstacle,
                            facts.cuda ? "simt" : "cpu or cpu_reference");
     plan->path = policy.path;
+    if (policy.path == Path::kSm90 && !has_sm90_kernel(request)) plan->path = Path::kSm80;
     std::snprintf(plan->reason, sizeof(plan->reason), "forced by CONDENSATE_FORCE_PATH");
     return {};
 }
@@ -110,6 +142,8 @@ const char* path_name(Path path) {
             return "sm80";
         case Path::kSimt:
             return "simt";
+        case Path::kSm90:
+            return "sm90";
     }
     return "unknown";
 }
@@ -158,8 +192,8 @@ Status policy_from_environment(Policy* policy) {
         return {};
     }
     return make_status(StatusCode::kInvalidArgument,
-                       "CONDENSATE_FORCE_PATH is \"%.64s\", expected cpu_reference, cpu, sm80 or "
-                       "simt; unset it to let the plan choose.",
+                       "CONDENSATE_FORCE_PATH is \"%.64s\", expected cpu_reference, cpu, sm80, "
+                       "simt or sm90; unset it to let the plan choose.",
                        value);
 }
 
@@ -191,6 +225,11 @@ bool is_aligned16(const ConstTensor4& tensor, DType dtype) {
     int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     return is_aligned16(tensor.data) && tensor.stride_batch * bytes % 16 == 0 &&
            tensor.stride_head * bytes % 16 == 0 && tensor.stride_seq * bytes % 16 == 0;
+}
+
+bool is_boxed(const ConstTensor4& tensor, int64_t batch, int64_t heads, int64_t length) {
+    return (batch <= 1 || tensor.stride_batch > 0) && (heads <= 1 || tensor.stride_head > 0) &&
+           (length <= 1 || tensor.stride_seq > 0);
 }
 
 }  // namespace condensate

@@ -14,6 +14,7 @@ enum class Path : int32_t {
     kCpu = 1,           // vectorised, threaded
     kSm80 = 2,  // mma.sync: float16 and bfloat16, 16-byte aligned, compute capability >= 8.0
     kSimt = 3,  // CUDA cores: every dtype and alignment
+    kSm90 = 4,  // wgmma and the copy engine: compute capability 9.0
 };
 const char* path_name(Path path);
 
@@ -45,6 +46,7 @@ struct DeviceFacts {
     int sm_minor = 0;
     int sm_count = 0;
     int max_smem_per_block_bytes = 0;  // opt-in limit
+    bool sm90a_kernels = false;        // this build holds them
 };
 
 // CONDENSATE_FORCE_PATH as read by policy_from_environment().
@@ -62,6 +64,7 @@ struct PlanRequest {
     int64_t max_blocks = 0;     // their width
     bool given_tokens = false;  // thresholds of select_tokens are passed in
     bool aligned = true;        // every data pointer and stride is a multiple of 16 bytes
+    bool boxed = true;  // no extent above 1 has a stride below 1: the copy engine can read it
 };
 
 struct Plan {
@@ -88,5 +91,7 @@ std::string to_string(const Plan& plan);
 // Are data and strides multiples of 16 bytes, as the vector loads of the sm80 path need?
 bool is_aligned16(const ConstTensor4& tensor, DType dtype);
 bool is_aligned16(const void* data);
+// Can the copy engine cut boxes out of a [batch, heads, length, D] tensor with these strides?
+bool is_boxed(const ConstTensor4& tensor, int64_t batch, int64_t heads, int64_t length);
 
 }  // namespace condensate

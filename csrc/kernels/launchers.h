@@ -18,7 +18,7 @@ struct LaunchContext {
 Status block_summary(const BlockSummaryParams& params, const LaunchContext& context);
 Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
 
-// sm80: mma.sync, float16 and bfloat16. simt: FFMA, every dtype; the only path of float32.
+// sm90: wgmma, in builds with CONDENSATE_WITH_SM90A. sm80: mma.sync, float16 and bfloat16. simt: FFMA, every dtype; the only path of float32.
 int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int sm_count);
 int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int sm_count);
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context);
@@ -26,6 +26,7 @@ Status block_select_simt(const BlockSelectParams& params, const LaunchContext& c
 Status token_select_sm80(const TokenSelectParams& params, const LaunchContext& context);
 Status token_select_simt(const TokenSelectParams& params, const LaunchContext& context);
 Status attention_sm80(const AttentionParams& params, const LaunchContext& context);
+Status attention_sm90(const AttentionParams& params, const LaunchContext& context);
 Status attention_simt(const AttentionParams& params, const LaunchContext& context);
 Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& context);
 Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& context);

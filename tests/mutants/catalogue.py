@@ -186,7 +186,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_window_one_key_short",
-        "kernels/attention/sm80/mask.h",
+        "device/row_mask.h",
         "position - r.window + 1 - key_begin",
         "position - r.window + 2 - key_begin",
         EDGES,

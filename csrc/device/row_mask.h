@@ -5,7 +5,7 @@
 
 #include "condensate/geometry.h"
 
-namespace condensate::kernels::sm80 {
+namespace condensate::device {
 
 // Bits [begin, end) after clamping both to [0, 64].
 __device__ __forceinline__ uint64_t bit_range(int64_t begin, int64_t end) {
@@ -29,4 +29,4 @@ __device__ __forceinline__ uint64_t range_bits(const Ranges& r, int64_t position
            bit_range(position - r.window + 1 - key_begin, position + r.window - key_begin);
 }
 
-}  // namespace condensate::kernels::sm80
+}  // namespace condensate::device

@@ -1,0 +1,64 @@
+// Chooses the instantiation: element type, head_dim, warpgroups of a tile.
+#include "kernels/attention/sm90/kernel.h"
+#include "kernels/launch.h"
+#include "kernels/tensor_map.h"
+
+namespace condensate::kernels {
+namespace {
+
+Status make_maps(const AttentionParams& params, sm90::TensorMaps* maps) {
+    const Problem& p = params.problem;
+    const int positions = tile_positions(p.group());
+    // The most heads of a box that divide the group and fill whole warpgroups or parts of one.
+    maps->box_heads = 1;
+    while (p.group() % (2 * maps->box_heads) == 0 && 2 * maps->box_heads * positions <= 64)
+        maps->box_heads *= 2;
+
+    const int64_t d = p.head_dim;
+    ConstTensor4 out = {params.out, p.query_heads * p.query_len * d, p.query_len * d, d};
+    auto of_queries = [&](const ConstTensor4& t) {
+        return TensorBoxes{t, p.batch, p.query_heads,   p.query_len,
+                           d, p.dtype, maps->box_heads, positions};
+    };
+    auto of_keys = [&](const ConstTensor4& t) {
+        return TensorBoxes{t, p.batch, p.kv_heads, p.kv_len, d, p.dtype, 1, kBlockKeys};
+    };
+    Status status = make_tensor_map(of_queries(params.query), &maps->query);
+    if (status.ok()) status = make_tensor_map(of_queries(out), &maps->out);
+    if (status.ok()) status = make_tensor_map(of_keys(params.key), &maps->key);
+    if (status.ok()) status = make_tensor_map(of_keys(params.value), &maps->value);
+    return status;
+}
+
+template <class Traits>
+Status run(const AttentionParams& params, const LaunchContext& context) {
+    const Problem& p = params.problem;
+    sm90::TensorMaps maps;
+    Status status = make_maps(params, &maps);
+    if (!status.ok()) return status;
+    int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
+    Grid grid = {min_i64(tiles, int64_t{context.sm_count} * Traits::kCtasPerSm)};
+    return launch(sm90::attention_kernel<Traits>, "attention_sm90", grid, Traits::kThreads,
+                  sizeof(typename Traits::Smem), context, params, maps, tiles, context.error_word);
+}
+
+template <class T>
+Status choose(const AttentionParams& params, const LaunchContext& context) {
+    using sm90::AttentionTraits;
+    const int group = params.problem.group();
+    const bool small = tile_positions(group) * group <= 64;
+    if (params.problem.head_dim == 64)
+        return small ? run<AttentionTraits<T, 64, 1, 1, 3>>(params, context)
+                     : run<AttentionTraits<T, 64, 2, 2, 1>>(params, context);
+    return small ? run<AttentionTraits<T, 128, 1, 1, 2>>(params, context)
+                 : run<AttentionTraits<T, 128, 2, 2, 1>>(params, context);
+}
+
+}  // namespace
+
+Status attention_sm90(const AttentionParams& params, const LaunchContext& context) {
+    return params.problem.dtype == DType::kFloat16 ? choose<__half>(params, context)
+                                                   : choose<__nv_bfloat16>(params, context);
+}
+
+}  // namespace condensate::kernels

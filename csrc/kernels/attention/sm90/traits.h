@@ -1,0 +1,68 @@
+// Shapes and shared memory of the wgmma attention kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/geometry.h"
+
+namespace condensate::kernels::sm90 {
+
+// The keys of one pipeline step, as the producer hands them to the consumers.
+template <int kStepBlocks>
+struct Step {
+    int block[kStepBlocks];     // past the last block of all keys where there is none
+    uint8_t full[kStepBlocks];  // every row attends every key
+    uint8_t listed[kStepBlocks];
+    bool last;  // of the tile
+};
+
+enum NamedBarrier : int {  // 0 is __syncthreads
+    kWarpgroupStore = 1,   // + consumer: its rows are in shared memory
+    kWarpgroupTurn = 3,    // + consumer: it may issue its products
+};
+
+// kConsumers warpgroups of 64 rows and one that feeds them.
+template <class T_, int kDim_, int kConsumers_, int kStepBlocks_, int kCtasPerSm_>
+struct AttentionTraits {
+    using T = T_;
+    static constexpr int kDim = kDim_;  // head_dim
+    static constexpr int kConsumers = kConsumers_;
+    static constexpr int kStepBlocks = kStepBlocks_;
+    static constexpr int kCtasPerSm = kCtasPerSm_;
+    static constexpr int kConsumerWarps = 4 * kConsumers;
+    static constexpr int kThreads = 128 * (kConsumers + 1);
+    // A thread's registers, out of the 512 that a lane of the multiprocessor's partition has.
+    static constexpr int kProducerRegisters = 24;
+    static constexpr int kConsumerRegisters =
+        (512 / kCtasPerSm - kProducerRegisters) / kConsumers / 8 * 8 < 240
+            ? (512 / kCtasPerSm - kProducerRegisters) / kConsumers / 8 * 8
+            : 240;
+    static constexpr int kRows = 64 * kConsumers;
+    static constexpr int kStepKeys = kStepBlocks * kBlockKeys;
+    static constexpr int kStages = 2;
+    static constexpr int kPanels = kDim / 64;      // 128-byte column panels
+    static constexpr int kNTiles = kStepKeys / 8;  // 8-key score tiles of a step
+    static constexpr int kDTiles = kDim / 8;       // 8-channel output tiles
+
+    using Step = sm90::Step<kStepBlocks>;
+    static constexpr int kQueryPanelBytes = kRows * 128;
+    static constexpr int kKeyPanelBytes = kStepKeys * 128;
+    static constexpr int kBlockBytes = kBlockKeys * 128;
+    static constexpr int kStageBytes = kPanels * kKeyPanelBytes;  // of K, and of V
+
+    // Tiles of 64-channel panels, each [row][64] in 128-byte swizzle.
+    struct alignas(1024) Smem {
+        T q[kPanels][kRows * 64];
+        T out[kPanels][kRows * 64];
+        T k[kStages][kPanels][kStepKeys * 64];
+        T v[kStages][kPanels][kStepKeys * 64];
+        Step steps[kStages];
+        uint64_t q_full, q_empty;
+        uint64_t k_full[kStages], k_empty[kStages];
+        uint64_t v_full[kStages], v_empty[kStages];
+    };
+    static_assert(kPanels >= 1 && kDim % 64 == 0, "head_dim is a whole number of panels");
+    static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the multiprocessor's shared memory");
+};
+
+}  // namespace condensate::kernels::sm90
