@@ -1,4 +1,5 @@
 // Chooses the instantiation: element type, head_dim, warpgroups of a tile.
+
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/launch.h"
 #include "kernels/tensor_map.h"

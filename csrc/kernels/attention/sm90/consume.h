@@ -208,7 +208,8 @@ class Consumer {
     const Ranges ranges_;
     const float scale_log2_;
     const int warpgroup_;
-    Ring<Traits::kStages> k_ring_, v_ring_;
+    Ring<Traits::kKeyStages> k_ring_;
+    Ring<Traits::kValueStages> v_ring_;
     uint32_t q_parity_ = 0;
 };
 

@@ -12,10 +12,12 @@ template <class Traits>
 __device__ void init_barriers(typename Traits::Smem& smem) {
     ptx::mbarrier_init(ptx::smem_address(&smem.q_full), 1);
     ptx::mbarrier_init(ptx::smem_address(&smem.q_empty), Traits::kConsumerWarps);
-    for (int s = 0; s < Traits::kStages; ++s) {
+    for (int s = 0; s < Traits::kKeyStages; ++s) {
         ptx::mbarrier_init(ptx::smem_address(&smem.k_full[s]), 1);
-        ptx::mbarrier_init(ptx::smem_address(&smem.v_full[s]), 1);
         ptx::mbarrier_init(ptx::smem_address(&smem.k_empty[s]), Traits::kConsumerWarps);
+    }
+    for (int s = 0; s < Traits::kValueStages; ++s) {
+        ptx::mbarrier_init(ptx::smem_address(&smem.v_full[s]), 1);
         ptx::mbarrier_init(ptx::smem_address(&smem.v_empty[s]), Traits::kConsumerWarps);
     }
     ptx::fence_mbarrier_init();

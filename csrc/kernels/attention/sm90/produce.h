@@ -72,18 +72,20 @@ class Producer {
     }
 
     __device__ void load_step(const device::TileRows& tile, const Step& step) {
-        const int s = ring_.stage;
+        int s = k_ring_.stage;
         uint32_t full = ptx::smem_address(&smem_.k_full[s]);
-        ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), ring_.parity ^ 1);
+        ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
         ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
         load_blocks(tile, step, &maps_.key, ptx::smem_address(smem_.k[s]), full);
+        k_ring_.advance();
 
+        s = v_ring_.stage;
         full = ptx::smem_address(&smem_.v_full[s]);
-        ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), ring_.parity ^ 1);
+        ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), v_ring_.parity ^ 1);
         ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
         load_blocks(tile, step, &maps_.value, ptx::smem_address(smem_.v[s]), full);
-        ring_.advance();
+        v_ring_.advance();
     }
 
     // Blocks that do not exist lie behind the last key: they become zeros.
@@ -101,7 +103,8 @@ class Producer {
     Smem& smem_;
     const AttentionParams& params_;
     const TensorMaps& maps_;
-    Ring<Traits::kStages> ring_;
+    Ring<Traits::kKeyStages> k_ring_;
+    Ring<Traits::kValueStages> v_ring_;
     uint32_t q_parity_ = 0;
 };
 

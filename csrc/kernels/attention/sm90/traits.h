@@ -18,7 +18,6 @@ struct Step {
 
 enum NamedBarrier : int {  // 0 is __syncthreads
     kWarpgroupStore = 1,   // + consumer: its rows are in shared memory
-    kWarpgroupTurn = 3,    // + consumer: it may issue its products
 };
 
 // kConsumers warpgroups of 64 rows and one that feeds them.
@@ -31,15 +30,17 @@ struct AttentionTraits {
     static constexpr int kCtasPerSm = kCtasPerSm_;
     static constexpr int kConsumerWarps = 4 * kConsumers;
     static constexpr int kThreads = 128 * (kConsumers + 1);
-    // A thread's registers, out of the 512 that a lane of the multiprocessor's partition has.
+    // Registers of a thread: what a CTA is launched with, then what the producer leaves over.
+    static constexpr int kLaunchRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
     static constexpr int kProducerRegisters = 24;
-    static constexpr int kConsumerRegisters =
-        (512 / kCtasPerSm - kProducerRegisters) / kConsumers / 8 * 8 < 240
-            ? (512 / kCtasPerSm - kProducerRegisters) / kConsumers / 8 * 8
-            : 240;
+    static constexpr int kSpareRegisters = (kLaunchRegisters - kProducerRegisters) / kConsumers;
+    static constexpr int kConsumerRegisters = (kLaunchRegisters + kSpareRegisters) / 8 * 8 < 240
+                                                  ? (kLaunchRegisters + kSpareRegisters) / 8 * 8
+                                                  : 240;
     static constexpr int kRows = 64 * kConsumers;
     static constexpr int kStepKeys = kStepBlocks * kBlockKeys;
-    static constexpr int kStages = 2;
+    static constexpr int kKeyStages = 3;  // keys are wanted a step before their values
+    static constexpr int kValueStages = 2;
     static constexpr int kPanels = kDim / 64;      // 128-byte column panels
     static constexpr int kNTiles = kStepKeys / 8;  // 8-key score tiles of a step
     static constexpr int kDTiles = kDim / 8;       // 8-channel output tiles
@@ -54,12 +55,12 @@ struct AttentionTraits {
     struct alignas(1024) Smem {
         T q[kPanels][kRows * 64];
         T out[kPanels][kRows * 64];
-        T k[kStages][kPanels][kStepKeys * 64];
-        T v[kStages][kPanels][kStepKeys * 64];
-        Step steps[kStages];
+        T k[kKeyStages][kPanels][kStepKeys * 64];
+        T v[kValueStages][kPanels][kStepKeys * 64];
+        Step steps[kKeyStages];
         uint64_t q_full, q_empty;
-        uint64_t k_full[kStages], k_empty[kStages];
-        uint64_t v_full[kStages], v_empty[kStages];
+        uint64_t k_full[kKeyStages], k_empty[kKeyStages];
+        uint64_t v_full[kValueStages], v_empty[kValueStages];
     };
     static_assert(kPanels >= 1 && kDim % 64 == 0, "head_dim is a whole number of panels");
     static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the multiprocessor's shared memory");
