@@ -21,9 +21,13 @@ def _attend(query, key, lists, ranges, value):
     return ops.block_sparse_attention(query, key, value, *lists, **ranges)[0]
 
 
+@pytest.mark.parametrize("path", [None, "portable"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("group", [1, 4, 8])
-def test_probes_at_edges(device, seed, group, causal):
+def test_probes_at_edges(device, seed, monkeypatch, group, causal, path):
+    if path:
+        forced = {"cpu": "cpu_reference", "cuda": "sm80"}[device]
+        monkeypatch.setenv("CONDENSATE_FORCE_PATH", forced)
     dtype = torch.bfloat16 if group == 4 else torch.float16
     probes = wrong = 0
     for window, anchors in itertools.product(WINDOWS, ANCHORS):

@@ -8,10 +8,36 @@ import torch
 
 from tests.testkit.cases import Case, from_seed
 from tests.testkit.checks import check_case
+from tests.testkit.definition import tile_positions
 
 ops = torch.ops.condensate
-PATHS = {"cpu": ("cpu", "cpu_reference"), "cuda": ("sm80", "simt")}
+PATHS = {"cpu": ("cpu", "cpu_reference"), "cuda": ("sm80", "simt", "sm90")}
 OTHER_DEVICE = {"cpu": "sm80", "cuda": "cpu"}
+EDGES = [(63, 129), (64, 128), (65, 127), (127, 193), (128, 192), (129, 191), (64, 1), (300, 130)]
+
+
+def has_sm90() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def path_of(device: str, choice: int) -> str:
+    """The device's path of this number, or a skip that says why."""
+    if choice >= len(PATHS[device]):
+        pytest.skip(f"{device} has {len(PATHS[device])} paths")
+    if PATHS[device][choice] == "sm90" and not has_sm90():
+        pytest.skip("the GPU's compute capability is not 9.0")
+    return PATHS[device][choice]
+
+
+def runs_on(case: Case, path: str) -> bool:
+    """Can the path take a list-given call of this case?"""
+    half = case.dtype != torch.float32 and "misaligned" not in case.layouts
+    if path != "sm90":
+        return half or path != "sm80"
+    positions = tile_positions(case.group)
+    shared = "head_shared" in case.layouts and case.batch > 1
+    whole_tiles = positions >= 8 and case.query_len >= positions and case.kv_len > 0
+    return half and whole_tiles and case.head_dim in (64, 128) and not shared
 
 
 def _all_ops(case: Case):
@@ -29,40 +55,67 @@ def _all_ops(case: Case):
     yield condensate_ext.last_plan()
 
 
-@pytest.mark.parametrize("choice", [0, 1])
+@pytest.mark.parametrize("choice", [0, 1, 2])
 def test_a_forced_path_is_the_one_that_runs(device, monkeypatch, choice):
-    path = PATHS[device][choice]
+    """Stages without sm90 kernels run their sm80 ones when sm90 is forced."""
+    path = path_of(device, choice)
     monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
     case = Case(device, dtype=torch.float16, kv_len=600)
     plans = list(_all_ops(case))
     stages = ["select_blocks", "select_tokens", "attention", "omitted_mass"]
     assert [plan.split(":")[0] for plan in plans] == stages
-    assert all(f"path={path} (forced" in plan for plan in plans)
+    others = "sm80" if path == "sm90" else path
+    ran = [path if stage == "attention" else others for stage in stages]
+    assert all(f"path={p} (forced" in plan for p, plan in zip(ran, plans, strict=True))
 
 
-@pytest.mark.parametrize("choice", [0, 1])
+@pytest.mark.parametrize("choice", [0, 1, 2])
 @pytest.mark.parametrize("chunk", range(4))
 def test_forced_paths_meet_the_definition(device, seed, monkeypatch, choice, chunk):
-    path = PATHS[device][choice]
+    path = path_of(device, choice)
     monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
     checked = 0
-    for case_seed in range(seed + 6 * chunk, seed + 6 * chunk + 6):
+    for case_seed in range(seed + 24 * chunk, seed + 24 * chunk + 24):
         case = from_seed(case_seed, device)
-        runs_on_sm80 = case.dtype != torch.float32 and "misaligned" not in case.layouts
-        if path == "sm80" and not runs_on_sm80:
+        if checked == 6 or not runs_on(case, path):
+            continue
+        if path == "sm90" and case.selector == "exact":
             continue
         check_case(case)
         checked += 1
-    assert checked > 0
+    assert checked > 0 or path == "sm90"
+
+
+@pytest.mark.parametrize("choice", [0, 1, 2])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_edges_on_every_path(device, seed, monkeypatch, choice, group, head_dim):
+    path = path_of(device, choice)
+    monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
+    checked = 0
+    for index, (query_len, kv_len) in enumerate(EDGES):
+        case = Case(
+            device, seed + index, torch.float16 if index % 2 else torch.bfloat16, batch=2,
+            kv_heads=2, group=group, query_len=query_len, kv_len=kv_len, head_dim=head_dim,
+            window=(0, 20, 64, 65)[index % 4], anchors=(3, 0, 64, 67)[index % 4],
+            causal=index % 3 > 0, layouts=("transposed", "padded", "contiguous"),
+            selector="hostile" if index % 4 == 3 else "lists", topk=3 * 64,
+        )  # fmt: skip
+        if runs_on(case, path):  # sm90 needs one whole tile of queries
+            check_case(case)
+            checked += 1
+    assert checked >= len(EDGES) - 1
 
 
 def test_paths_without_force(device):
     half, single = (Case(device, dtype=t) for t in (torch.float16, torch.float32))
-    expected = {"cpu": ("cpu", "cpu"), "cuda": ("sm80", "simt")}[device]
-    for case, path in zip((half, single), expected, strict=True):
-        assert all(f"path={path} (" in plan for plan in _all_ops(case))
+    portable, fallback = {"cpu": ("cpu", "cpu"), "cuda": ("sm80", "simt")}[device]
+    for plan in _all_ops(half):
+        hopper = device == "cuda" and has_sm90() and plan.startswith("attention:")
+        assert f"path={'sm90' if hopper else portable} (" in plan
     odd = Case(device, dtype=torch.float16, layouts=("misaligned",) * 3)
-    assert all(f"path={expected[1]} (" in plan for plan in _all_ops(odd))
+    for case in (single, odd):
+        assert all(f"path={fallback} (" in plan for plan in _all_ops(case))
 
 
 def test_a_path_that_cannot_run_is_refused(device, monkeypatch):

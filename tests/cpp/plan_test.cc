@@ -10,6 +10,7 @@ namespace condensate {
 namespace {
 
 DeviceFacts hopper() { return {true, 0, 9, 0, 132, 227 * 1024}; }
+DeviceFacts hopper_with_its_kernels() { return {true, 0, 9, 0, 132, 227 * 1024, true}; }
 DeviceFacts turing() { return {true, 1, 7, 5, 68, 64 * 1024}; }
 
 PlanRequest request_of(Stage stage, DType dtype) {
@@ -49,6 +50,55 @@ TEST(Plan, CpuTensorsRunOnTheCpu) {
         EXPECT_EQ(plan.path, Path::kCpu);
         EXPECT_STREQ(plan.reason, "tensors are on the CPU");
     }
+}
+
+TEST(Plan, HopperKernelsWhereTheyFit) {
+    const DeviceFacts facts = hopper_with_its_kernels();
+    const PlanRequest fits = request_of(Stage::kAttention, DType::kBFloat16);
+    EXPECT_EQ(plan_of(fits, facts).path, Path::kSm90);
+    EXPECT_EQ(plan_of(fits, hopper()).path, Path::kSm80);
+    DeviceFacts blackwell = facts;
+    blackwell.sm_major = 10;
+    EXPECT_EQ(plan_of(fits, blackwell).path, Path::kSm80);
+
+    struct {
+        void (*change)(PlanRequest&);
+        const char* reason;
+    } const misfits[] = {
+        {[](PlanRequest& r) { r.problem.head_dim = 96; }, "head_dim is neither 64 nor 128"},
+        {[](PlanRequest& r) { r.problem.query_heads = 34; },
+         "more than 16 query heads per KV head"},
+        {[](PlanRequest& r) { r.problem.query_len = 31; }, "fewer queries than a tile"},
+        {[](PlanRequest& r) { r.problem.kv_len = 0; }, "no keys"},
+        {[](PlanRequest& r) { r.boxed = false; }, "a stride that the copy engine cannot take"},
+        {[](PlanRequest& r) { r.given_tokens = true; }, "half precision, aligned, sm >= 8.0"},
+    };
+    for (const auto& misfit : misfits) {
+        PlanRequest request = fits;
+        misfit.change(request);
+        Plan plan = plan_of(request, facts);
+        EXPECT_EQ(plan.path, Path::kSm80) << misfit.reason;
+        EXPECT_STREQ(plan.reason, misfit.reason);
+    }
+}
+
+TEST(Plan, ForcedSm90RunsSm80InStagesWithoutAKernelOfTheirOwn) {
+    const DeviceFacts facts = hopper_with_its_kernels();
+    const Policy sm90 = {true, Path::kSm90};
+    EXPECT_EQ(plan_of(request_of(Stage::kAttention, DType::kFloat16), facts, sm90).path,
+              Path::kSm90);
+    EXPECT_EQ(plan_of(request_of(Stage::kOmittedMass, DType::kFloat16), facts, sm90).path,
+              Path::kSm80);
+    PlanRequest narrow = request_of(Stage::kAttention, DType::kFloat16);
+    narrow.problem.head_dim = 80;
+    EXPECT_NE(refusal(narrow, facts, Path::kSm90).find("head_dim is neither"), std::string::npos);
+}
+
+TEST(Plan, CopyEngineNeedsStridesAboveZero) {
+    const ConstTensor4 dense = {nullptr, 4096, 1024, 64}, shared = {nullptr, 0, 1024, 64};
+    EXPECT_TRUE(is_boxed(dense, 2, 4, 16));
+    EXPECT_FALSE(is_boxed(shared, 2, 4, 16));
+    EXPECT_TRUE(is_boxed(shared, 1, 4, 16));  // the stride of an extent of 1 means nothing
 }
 
 TEST(Plan, HalfPrecisionUsesMmaWhereItCan) {
@@ -142,16 +192,17 @@ TEST(Plan, EnvironmentNamesAPath) {
     unsetenv("CONDENSATE_FORCE_PATH");
     EXPECT_TRUE(policy_from_environment(&policy).ok());
     EXPECT_FALSE(policy.forced);
-    for (Path path : {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt}) {
+    for (Path path : {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt, Path::kSm90}) {
         setenv("CONDENSATE_FORCE_PATH", path_name(path), 1);
         EXPECT_TRUE(policy_from_environment(&policy).ok());
         EXPECT_TRUE(policy.forced);
         EXPECT_EQ(policy.path, path);
     }
     setenv("CONDENSATE_FORCE_PATH", "gpu", 1);
-    EXPECT_STREQ(policy_from_environment(&policy).message,
-                 "CONDENSATE_FORCE_PATH is \"gpu\", expected cpu_reference, cpu, sm80 or simt; "
-                 "unset it to let the plan choose.");
+    EXPECT_STREQ(
+        policy_from_environment(&policy).message,
+        "CONDENSATE_FORCE_PATH is \"gpu\", expected cpu_reference, cpu, sm80, simt or sm90; "
+        "unset it to let the plan choose.");
     unsetenv("CONDENSATE_FORCE_PATH");
 }
 
