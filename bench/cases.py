@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 BLOCK_KEYS = 64
-UNIT_KEYS = 4  # keys per summary unit of selector="block"
+FINE, MIDDLE, COARSE = 16, 4, 1  # summary units of a block, selector="block"
+SUMMARY_ROWS = FINE + MIDDLE + COARSE
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,44 @@ def dense_work(case: Case) -> Work:
 
 
 def summary_work(case: Case) -> Work:
+    """Every key added into its fine unit, those into middle ones, those into coarse ones."""
+    additions = 1 + (FINE + MIDDLE) / BLOCK_KEYS
     key_bytes = case.kv_bytes / 2
-    return Work(case.n * case.kv_heads * case.head_dim, key_bytes * (1 + 1 / UNIT_KEYS))
+    return Work(
+        additions * case.n * case.kv_heads * case.head_dim,
+        key_bytes * (1 + SUMMARY_ROWS / BLOCK_KEYS),
+    )
+
+
+def scores_per_tile(case: Case, last: int) -> float:
+    """Scores of the tile whose last position is `last`: of the scan, then of the refinement.
+
+    A tile that can list all its eligible blocks scores nothing; one that can shortlist them all
+    has nothing to scan for.
+    """
+    before_window = (last - case.window) // BLOCK_KEYS + 1
+    eligible = max(0, before_window - case.anchors // BLOCK_KEYS)
+    if eligible <= case.max_blocks:
+        return 0.0
+    width = max(64, 2 * case.max_blocks)
+    rows = case.tile_positions * case.group
+    visible = (last + 1) / BLOCK_KEYS
+    pooled = rows / min(4, case.tile_positions)
+    scan = pooled * visible * (MIDDLE + COARSE) if eligible > width else 0.0
+    shortlist = min(width, eligible)
+    # Whole blocks of anchors and window beside the shortlist, as far as there are any.
+    walked = min(shortlist + (case.anchors + case.window) / BLOCK_KEYS, visible)
+    return scan + rows * (shortlist * FINE + walked * MIDDLE)
 
 
 def selection_work(case: Case) -> Work:
-    """Pooled queries against every visible unit; queries and summaries in, lists out."""
-    pooled = case.n / min(4, case.tile_positions) * case.heads
-    flops = 2.0 * pooled * (case.n / UNIT_KEYS) * case.head_dim / 2  # causal: half of them
+    """Pooled queries against all visible middle and coarse units, then every query against those
+    of its shortlist; queries and summaries in, lists out."""
+    ends = range(case.tile_positions - 1, case.n, case.tile_positions)
+    scores = case.kv_heads * sum(scores_per_tile(case, last) for last in ends)
     lists = case.n / case.tile_positions * case.kv_heads * (case.max_blocks + 1) * 4
-    return Work(flops, case.query_bytes + case.kv_bytes / 2 / UNIT_KEYS + lists)
+    summaries = case.kv_bytes / 2 * SUMMARY_ROWS / BLOCK_KEYS
+    return Work(2.0 * scores * case.head_dim, case.query_bytes + summaries + lists)
 
 
 # The order is that of importance: what comes last is skipped first when time runs out.

@@ -145,7 +145,8 @@ def test_selection_arguments(refused, device):
         refused("select_blocks", (q, u), {**sound, **changes}, *parts)
 
     bad(
-        {"kv_len": 300}, "summaries has shape [1, 1, 64, 64]", "[1, kv_heads, 80, 64]", "kv_len 300"
+        {"kv_len": 300},
+        "summaries has shape [1, 1, 84, 64]", "[1, kv_heads, 105, 64]", "kv_len 300",
     )
     bad({"kv_len": -1}, "kv_len")
     bad({"selector": "quest"}, "summaries has shape", "same selector")

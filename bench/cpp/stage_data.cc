@@ -121,9 +121,9 @@ StageData::StageData(const Shape& s, const Executor& executor, uint64_t seed)
          {&estimate, &threshold, &tie_index, &lse_full, &lse, &omitted, &merged_lse})
         a_row->allocate(executor, rows_ * 4);
     if (blocks) {
-        int64_t units = s.batch * s.kv_heads * summary_units(s.selector, s.kv_len);
-        int unit_dim = summary_dim(s.selector, static_cast<int>(s.head_dim));
-        summaries.allocate(executor, units * unit_dim * elem_bytes);
+        int64_t rows = s.batch * s.kv_heads * summary_rows(s.selector, s.kv_len);
+        int row_dim = summary_dim(s.selector, static_cast<int>(s.head_dim));
+        summaries.allocate(executor, rows * row_dim * elem_bytes);
         block_indices.allocate(executor, lists_ * list_width_ * 4);
         block_counts.allocate(executor, lists_ * 4);
         workspace.allocate(executor, block_select_workspace_bytes(select_params(), executor));

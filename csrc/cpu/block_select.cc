@@ -1,40 +1,79 @@
-// One list of blocks per tile: score the pooled queries against the summary units, 64 at a time,
-// keep only each block's sum, turn the sums into softmax masses, take the largest.
+// One list of blocks per tile. Pooled queries scan the summaries of all blocks; for `block` what
+// they find heaviest is scored again by every query. A block's sums are kept as maximum and sum of
+// exponentials, so that nothing overflows before the norm is known.
 #include <algorithm>
+#include <cmath>
 
+#include "cpu/block_walk.h"
 #include "cpu/kernels.h"
-#include "cpu/query_rows.h"
+#include "cpu/unit_scores.h"
 
 namespace condensate::cpu {
 namespace {
+
+// The rows that are scored, and the sum over the norm level of each.
+struct ScoredRows {
+    ScoredRows(Arena& arena, int64_t dim)
+        : rows(arena, dim),
+          state(arena.take<SoftmaxState>(1)),
+          norm_max(arena.take<float>(kMaxRows)),
+          norm_inverse(arena.take<float>(kMaxRows)) {}
+
+    QueryRows rows;
+    SoftmaxState* state;
+    float* norm_max;
+    float* norm_inverse;  // 0 for a row that has no masses
+
+    int64_t padded() const { return rows.panel_count() * kPanelRows; }
+
+    void start_norm() {
+        std::fill(state->max, state->max + kMaxRows, -INFINITY);
+        std::fill(state->sum, state->sum + kMaxRows, 0.0f);
+        std::fill(state->sum_error, state->sum_error + kMaxRows, 0.0f);
+    }
+    void finish_norm() {
+        for (int row = 0; row < kMaxRows; ++row) {
+            const float sum = state->sum[row];
+            const bool usable = sum > 0 && std::isfinite(sum);
+            norm_max[row] = usable ? state->max[row] : 0.0f;
+            norm_inverse[row] = usable ? 1.0f / sum : 0.0f;
+        }
+    }
+};
 
 struct Scratch {
     Scratch(Arena& arena, const BlockSelectParams& params)
         : dim(summary_dim(params.selector, static_cast<int>(params.problem.head_dim))),
           pools(arena, dim),
-          pool_end(arena.take<int32_t>(kMaxRows)),
-          units(arena.take<float>(kTileKeys * dim)),
-          scores(arena.take<float>(kTileKeys * kScoreStride)) {
+          queries(arena, dim),
+          units(arena, dim) {
         const int64_t blocks = num_blocks(params.problem.kv_len);
         // The last 64 units may reach past the last block.
         const int64_t padded = blocks + kTileKeys;
         block_max = arena.take<float>(padded * kMaxRows);
-        block_mass = arena.take<float>(padded * kMaxRows);
+        block_sum = arena.take<float>(padded * kMaxRows);
         tile_mass = arena.take<float>(blocks);
+        visited = arena.take<int32_t>(blocks);
         order = arena.take<int32_t>(blocks);
-        left_out = arena.take<float>(kMaxRows);
+        mass = arena.take<float>(kMaxRows);
+        rest = arena.take<float>(kMaxRows);
+        omitted = arena.take<double>(kMaxRows);
+        total = arena.take<double>(kMaxRows);
     }
 
     int64_t dim;
-    QueryRows pools;  // rows are pooled queries; their positions are the pools' last ones
-    int32_t* pool_end;
-    float* units;
-    float* scores;
-    float* block_max;   // [block][padded pools]
-    float* block_mass;  // [block][padded pools]
-    float* tile_mass;   // [block]
-    int32_t* order;     // eligible blocks
-    float* left_out;    // [pool] mass of the eligible blocks that are not taken
+    ScoredRows pools;  // positions are the pools' last ones
+    ScoredRows queries;
+    UnitScores units;
+    float* block_max;  // [n-th scored block][padded rows]
+    float* block_sum;  // [n-th scored block][padded rows]; masses after rank()
+    float* tile_mass;  // [block]
+    int32_t* visited;  // blocks that are scored
+    int32_t* order;    // candidates for the list
+    float* mass;       // [row]
+    float* rest;       // [pool] log of the sum over the middle units that no query scored finely
+    double* omitted;   // [row]
+    double* total;     // [row]
 };
 
 class TileSelection {
@@ -50,39 +89,51 @@ class TileSelection {
         begin_ = item % tiles * positions;
         end_ = min_i64(begin_ + positions, p_.query_len);
         span_ = tile_span(item % tiles, static_cast<int>(positions), p_.query_len, p_.kv_len);
-        units_per_block_ = units_per_block(params.selector);
         const int64_t all = num_blocks(p_.kv_len);
         blocks_ = p_.causal ? min_i64(all, ceil_div(max_i64(span_.last + 1, 0), kBlockKeys)) : all;
     }
 
     void run() {
-        pool_queries();
-        score_blocks();
-        reduce_tile();
-        store_list(take_largest());
-        if (params_.omitted_mass_estimate != nullptr) store_estimate();
+        const int64_t eligible = find_eligible(), width = params_.max_blocks;
+        const bool all_fit = eligible <= width;
+        if (all_fit || (width == 0 && !wants_estimate())) {  // there is nothing to rank
+            store_list(min_i64(eligible, width));
+            if (wants_estimate()) store_estimate([](int64_t, int64_t) { return 0.0; });
+        } else if (params_.selector == Selector::kBlock) {
+            const int64_t shortlisted = make_shortlist(eligible);
+            refine(shortlisted);
+            store_list(take_largest(shortlisted, width));
+            if (wants_estimate()) estimate_refined();
+        } else {
+            scan();
+            store_list(take_largest(eligible, width));
+            if (wants_estimate()) estimate_scanned();
+        }
     }
 
   private:
-    int panels() const { return s_.pools.panel_count(); }
-    int64_t padded_pools() const { return panels() * kPanelRows; }
+    bool wants_estimate() const { return params_.omitted_mass_estimate != nullptr; }
+
+    // ---- Queries ----
 
     // Means of consecutive queries, rounded as they would be stored; for quest split by sign.
     void pool_queries() {
         const int group = p_.group(), size = query_pool(group);
-        s_.pools.clear();
+        QueryRows& pools = s_.pools.rows;
+        pools.clear();
         for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
             for (int64_t i = begin_; i < end_; i += size) pool_one(h, i, min_i64(i + size, end_));
-        for (int row = s_.pools.count; row < padded_pools(); ++row) {
-            std::fill(s_.pools.line, s_.pools.line + s_.dim, 0.0f);
-            s_.pools.put_line(row, s_.dim);
+        for (int row = pools.count; row < s_.pools.padded(); ++row) {
+            std::fill(pools.line, pools.line + s_.dim, 0.0f);
+            pools.put_line(row, s_.dim);
         }
     }
 
     void pool_one(int64_t h, int64_t first, int64_t end) {
         const int64_t dim = p_.head_dim;
-        float* sum = s_.pools.line;
-        float* query = s_.scores;  // not in use yet
+        QueryRows& pools = s_.pools.rows;
+        float* sum = pools.line;
+        float* query = s_.units.scores();  // not in use yet
         std::fill(sum, sum + dim, 0.0f);
         for (int64_t i = first; i < end; ++i) {
             ops_.load_rows(p_.dtype, element(params_.query, p_.dtype, batch_, h, i), 0, 1,
@@ -97,64 +148,125 @@ class TileSelection {
                 sum[d] = x < 0 ? 0.0f : x;
                 sum[dim + d] = x > 0 ? 0.0f : x;
             }
-        const int row = s_.pools.count;
-        s_.pools.add(p_, h, end - 1);
-        s_.pools.put_line(row, s_.dim);
+        const int row = pools.count;
+        pools.add(p_, h, end - 1);
+        pools.put_line(row, s_.dim);
     }
 
-    void score_blocks() {
-        const int64_t units = blocks_ * units_per_block_;
-        const int64_t all_units = summary_units(params_.selector, p_.kv_len);
-        const int64_t head = batch_ * p_.kv_heads + kv_head_;
-        const int dim = static_cast<int>(s_.dim);
-        for (int64_t begin = 0; begin < units; begin += kTileKeys) {
-            const int count = static_cast<int>(min_i64(kTileKeys, units - begin));
-            const char* source = static_cast<const char*>(params_.summaries) +
-                                 (head * all_units + begin) * s_.dim * dtype_bytes(p_.dtype);
-            ops_.load_rows(p_.dtype, source, s_.dim, count, dim, s_.units, dim);
-            std::fill(s_.units + count * dim, s_.units + kTileKeys * dim, 0.0f);
-            ops_.score(s_.pools.panels, s_.units, dim, dim, panels(), p_.scale, s_.scores);
-            for (int row = 0; row < padded_pools(); ++row)
-                s_.pool_end[row] = visible_units_end(row, begin);
-            const int64_t at = begin / units_per_block_ * padded_pools();
-            ops_.block_sums(s_.scores, units_per_block_, s_.pool_end, panels(), s_.block_max + at,
-                            s_.block_mass + at);
+    void load_queries() {
+        const int group = p_.group();
+        QueryRows& rows = s_.queries.rows;
+        rows.clear();
+        for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
+            for (int64_t i = begin_; i < end_; ++i) rows.add(p_, h, i);
+        rows.load(ops_, p_, params_.query, batch_);
+    }
+
+    // ---- Sums over units ----
+
+    // Adds to the rows' norm (kNorm), keeps the sum of every block (kBlocks), or both.
+    enum class Keep { kNorm, kBlocks, kBoth };
+    void score_blocks(ScoredRows& scored, UnitLevel level, BlockList list, Keep keep) {
+        const int panels = scored.rows.panel_count();
+        float* scores = s_.units.scores();
+        const RowMask& mask = s_.units.mask();
+        s_.units.sweep(params_, ops_, batch_ * p_.kv_heads + kv_head_, level, scored.rows, list,
+                       [&](int64_t n) {
+                           const int64_t at = n * scored.padded();
+                           if (keep != Keep::kNorm)
+                               ops_.block_sums(scores, level.per_block, mask.visible_end, panels,
+                                               s_.block_max + at, s_.block_sum + at);
+                           if (keep == Keep::kBlocks) return;
+                           ops_.mask(mask, panels, scores);
+                           ops_.softmax(panels, scores, scored.state);
+                       });
+    }
+
+    // The mass of the n-th scored block for every row, to `mass`; returns the largest.
+    float block_mass(const ScoredRows& scored, int64_t n, float* mass) {
+        const int64_t at = n * scored.padded();
+        return ops_.block_mass(s_.block_max + at, s_.block_sum + at, scored.norm_max,
+                               scored.norm_inverse, scored.rows.panel_count(), mass);
+    }
+
+    // Masses of all blocks for the pooled queries, in place of the blocks' sums.
+    void scan() {
+        pool_queries();
+        for (int64_t block = 0; block < blocks_; ++block)
+            s_.visited[block] = static_cast<int32_t>(block);
+        const ScoringLevels levels = scan_levels(params_.selector);
+        const BlockList all{s_.visited, blocks_};
+        s_.pools.start_norm();
+        if (params_.selector == Selector::kBlock) {
+            score_blocks(s_.pools, levels.norm, all, Keep::kNorm);
+            score_blocks(s_.pools, levels.mass, all, Keep::kBlocks);
+        } else {
+            score_blocks(s_.pools, levels.mass, all, Keep::kBoth);
         }
-        ops_.block_masses(s_.block_max, s_.block_mass, blocks_, panels());
+        s_.pools.finish_norm();
+        for (int64_t block = 0; block < blocks_; ++block)
+            s_.tile_mass[block] =
+                block_mass(s_.pools, block, s_.block_sum + block * s_.pools.padded());
     }
 
-    // Units are visible up to the one whose last key is the pool's last position.
-    int32_t visible_units_end(int pool, int64_t first_unit) const {
-        if (pool >= s_.pools.count) return 0;
-        const int64_t keys = unit_keys(params_.selector);
-        const int64_t last = s_.pools.position[pool];
-        const int64_t end = !p_.causal || last >= p_.kv_len - 1 ? ceil_div(p_.kv_len, keys)
-                            : last < 0                          ? 0
-                                                                : (last + 1) / keys;
-        return static_cast<int32_t>(max_i64(0, min_i64(end - first_unit, kTileKeys)));
-    }
+    // ---- The list ----
 
-    void reduce_tile() {
-        for (int64_t block = 0; block < blocks_; ++block) {
-            const float* mass = s_.block_mass + block * padded_pools();
-            s_.tile_mass[block] = *std::max_element(mass, mass + s_.pools.count);
-        }
-    }
-
-    // The eligible blocks of largest mass, ties to the lower index, ascending in s_.order.
-    int64_t take_largest() {
+    // The eligible blocks, ascending in s_.order.
+    int64_t find_eligible() {
         int64_t count = 0;
         for (int64_t block = 0; block < blocks_; ++block)
             if (is_eligible(p_.ranges(), span_, block))
                 s_.order[count++] = static_cast<int32_t>(block);
-        if (count <= params_.max_blocks) return count;
+        return count;
+    }
+
+    // Keeps the candidates of largest mass in s_.order, ties to the lower index, ascending.
+    int64_t take_largest(int64_t candidates, int64_t width) {
+        if (candidates <= width) return candidates;
         const float* mass = s_.tile_mass;
-        std::nth_element(s_.order, s_.order + params_.max_blocks, s_.order + count,
+        std::nth_element(s_.order, s_.order + width, s_.order + candidates,
                          [mass](int32_t a, int32_t b) {
                              return mass[a] > mass[b] || (mass[a] == mass[b] && a < b);
                          });
-        std::sort(s_.order, s_.order + params_.max_blocks);
-        return params_.max_blocks;
+        std::sort(s_.order, s_.order + width);
+        return width;
+    }
+
+    // Leaves the shortlist in s_.order, and it with what the attention walks beside it in
+    // s_.visited.
+    int64_t make_shortlist(int64_t eligible) {
+        const int64_t width = shortlist_width(params_.max_blocks);
+        const bool scans = eligible > width;
+        if (scans) scan();
+        const int64_t count = take_largest(eligible, width);
+        walk(count);
+        std::fill(s_.rest, s_.rest + kMaxRows, -INFINITY);
+        if (scans && wants_estimate()) sum_rest();
+        return count;
+    }
+
+    void walk(int64_t shortlisted) {
+        BlockWalk walk(anchor_blocks(p_.ranges(), span_), window_blocks(p_.ranges(), span_));
+        uint32_t errors = 0;  // none: the list is our own
+        walk.set_list(s_.order, shortlisted, shortlisted, blocks_, &errors);
+        walked_ = 0;
+        for (BlockWalk::Step step; walk.next(&step);)
+            s_.visited[walked_++] = static_cast<int32_t>(step.block);
+    }
+
+    // Every query's masses of the shortlisted blocks, from their fine units.
+    void refine(int64_t shortlisted) {
+        ScoredRows& queries = s_.queries;
+        const BlockList walked{s_.visited, walked_};
+        load_queries();
+        queries.start_norm();
+        score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);
+        queries.finish_norm();
+        // Beside the shortlist only the estimate looks at fine units.
+        const BlockList fine = wants_estimate() ? walked : BlockList{s_.order, shortlisted};
+        score_blocks(queries, kRefinementLevels.mass, fine, Keep::kBlocks);
+        for (int64_t n = 0; n < fine.count; ++n)
+            s_.tile_mass[fine.blocks[n]] = block_mass(queries, n, s_.mass);
     }
 
     void store_list(int64_t count) {
@@ -165,26 +277,98 @@ class TileSelection {
         params_.block_counts[list_] = static_cast<int32_t>(count);
     }
 
-    // What a pool leaves out is summed directly: one minus the rest would lose small masses.
-    void store_estimate() {
-        std::fill(s_.left_out, s_.left_out + kMaxRows, 0.0f);
+    // ---- What is left out, summed directly: one minus the rest would lose small shares ----
+
+    bool is_left_out(int64_t block) const {
+        return is_eligible(p_.ranges(), span_, block) &&
+               !std::binary_search(s_.order, s_.order + taken_, static_cast<int32_t>(block));
+    }
+
+    // Each pool's sum over the middle units outside the walk, from the masses of the scan.
+    void sum_rest() {
+        const ScoredRows& pools = s_.pools;
+        std::fill(s_.total, s_.total + kMaxRows, 0.0);
         int64_t next = 0;
         for (int64_t block = 0; block < blocks_; ++block) {
-            if (next < taken_ && s_.order[next] == block) {
+            if (next < walked_ && s_.visited[next] == block) {
                 ++next;
                 continue;
             }
-            if (!is_eligible(p_.ranges(), span_, block)) continue;
-            const float* mass = s_.block_mass + block * padded_pools();
-            for (int pool = 0; pool < s_.pools.count; ++pool) s_.left_out[pool] += mass[pool];
+            const float* mass = s_.block_sum + block * pools.padded();
+            for (int pool = 0; pool < pools.rows.count; ++pool)
+                s_.total[pool] += double{mass[pool]};
         }
-        const int group = p_.group(), size = query_pool(group);
-        const int64_t pools = ceil_div(end_ - begin_, size);
+        for (int pool = 0; pool < pools.rows.count; ++pool)
+            if (s_.total[pool] > 0)
+                s_.rest[pool] =
+                    static_cast<float>(std::log(s_.total[pool] / double{pools.norm_inverse[pool]}) +
+                                       double{pools.norm_max[pool]});
+    }
+
+    void estimate_scanned() {
+        const ScoredRows& pools = s_.pools;
+        std::fill(s_.omitted, s_.omitted + kMaxRows, 0.0);
+        for (int64_t block = 0; block < blocks_; ++block) {
+            if (!is_left_out(block)) continue;
+            const float* mass = s_.block_sum + block * pools.padded();
+            for (int pool = 0; pool < pools.rows.count; ++pool)
+                s_.omitted[pool] += double{mass[pool]};
+        }
+        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[pool_of(g, i)]; });
+    }
+
+    // Fine units inside the walk; outside of it four times the middle ones of the pool, which stand
+    // for sixteen keys where fine ones stand for four.
+    void estimate_refined() {
+        const ScoredRows& queries = s_.queries;
+        choose_bases();
+        std::fill(s_.omitted, s_.omitted + kMaxRows, 0.0);
+        std::fill(s_.total, s_.total + kMaxRows, 0.0);
+        for (int64_t n = 0; n < walked_; ++n) {
+            block_mass(queries, n, s_.mass);
+            const bool left_out = is_left_out(s_.visited[n]);
+            for (int row = 0; row < queries.rows.count; ++row) {
+                s_.total[row] += double{s_.mass[row]};
+                if (left_out) s_.omitted[row] += double{s_.mass[row]};
+            }
+        }
+        store_estimate([&](int64_t g, int64_t i) {
+            const int64_t row = g * (end_ - begin_) + i - begin_;
+            const double rest =
+                4 * std::exp(double{s_.rest[pool_of(g, i)]} - double{queries.norm_max[row]});
+            const double total = s_.total[row] + rest;
+            return total > 0 ? (s_.omitted[row] + rest) / total : 0.0;
+        });
+    }
+
+    // Replaces the norms by 1 in units of each row's largest exponential.
+    void choose_bases() {
+        ScoredRows& queries = s_.queries;
+        std::fill(queries.norm_inverse, queries.norm_inverse + kMaxRows, 1.0f);
+        const int64_t padded = queries.padded();
+        for (int64_t row = 0; row < queries.rows.count; ++row) {
+            const int64_t i = begin_ + row % (end_ - begin_), g = row / (end_ - begin_);
+            float base = s_.rest[pool_of(g, i)];
+            for (int64_t n = 0; n < walked_; ++n)
+                base = std::max(base, s_.block_max[n * padded + row]);
+            queries.norm_max[row] = std::isfinite(base) ? base : 0.0f;
+        }
+    }
+
+    int64_t pool_of(int64_t g, int64_t i) const {
+        const int size = query_pool(p_.group());
+        return g * ceil_div(end_ - begin_, size) + (i - begin_) / size;
+    }
+
+    // `share(g, i)` is what query i of the group's head g leaves out.
+    template <class Share>
+    void store_estimate(const Share& share) {
+        const int group = p_.group();
         for (int64_t g = 0; g < group; ++g)
             for (int64_t i = begin_; i < end_; ++i) {
-                int64_t row = (batch_ * p_.query_heads + kv_head_ * group + g) * p_.query_len + i;
-                params_.omitted_mass_estimate[row] =
-                    std::min(1.0f, s_.left_out[g * pools + (i - begin_) / size]);
+                const int64_t head = batch_ * p_.query_heads + kv_head_ * group + g;
+                params_.omitted_mass_estimate[head * p_.query_len + i] =
+                    static_cast<float>(std::min(1.0, share(g, i)));
             }
     }
 
@@ -194,8 +378,8 @@ class TileSelection {
     Scratch& s_;
     int64_t list_, kv_head_, batch_, begin_, end_;
     int64_t blocks_;  // that hold a key some query of the tile may see
+    int64_t walked_ = 0;
     int64_t taken_ = 0;
-    int units_per_block_;
     TileSpan span_;
 };
 

@@ -35,27 +35,39 @@ void bounds_unit(const float* keys, int64_t count, int64_t dim, float* unit) {
         }
 }
 
+// The units of one level of a block of `keys` keys; `item` counts blocks over batch and heads.
+template <class Summarise>
+void store_units(const BlockSummaryParams& p, UnitLevel level, int64_t item, int64_t keys,
+                 const Summarise& summarise, Scratch& scratch) {
+    const int64_t dim = p.head_dim, out_dim = summary_dim(p.selector, static_cast<int>(dim));
+    int64_t out = (item * rows_per_block(p.selector) + level.first_row) * out_dim;
+    for (int64_t first = 0; first < kBlockKeys; first += level.keys) {
+        const int64_t count = min_i64(level.keys, keys - first);
+        if (count <= 0)
+            std::fill(scratch.unit, scratch.unit + out_dim, 0.0f);
+        else
+            summarise(scratch.keys + first * dim, count, dim, scratch.unit);
+        for (int64_t d = 0; d < out_dim; ++d)
+            store_number(p.dtype, p.summaries, out++, scratch.unit[d]);
+    }
+}
+
 void summarise_block(const BlockSummaryParams& p, const TileOps& ops, int64_t item,
                      Scratch& scratch) {
     const int64_t blocks = num_blocks(p.kv_len), block = item % blocks;
     const int64_t head = item / blocks % p.kv_heads, batch = item / blocks / p.kv_heads;
     const int64_t begin = block * kBlockKeys, keys = min_i64(kBlockKeys, p.kv_len - begin);
-    const int dim = static_cast<int>(p.head_dim), out_dim = summary_dim(p.selector, dim);
+    const int dim = static_cast<int>(p.head_dim);
     ops.load_rows(p.dtype, element(p.key, p.dtype, batch, head, begin), p.key.stride_seq,
                   static_cast<int>(keys), dim, scratch.keys, dim);
 
-    const int unit_size = unit_keys(p.selector);
-    int64_t out = item * units_per_block(p.selector) * out_dim;
-    for (int64_t first = 0; first < kBlockKeys; first += unit_size) {
-        const int64_t count = min_i64(unit_size, keys - first);
-        if (count <= 0)
-            std::fill(scratch.unit, scratch.unit + out_dim, 0.0f);
-        else if (p.selector == Selector::kQuest)
-            bounds_unit(scratch.keys + first * dim, count, dim, scratch.unit);
-        else
-            mean_unit(scratch.keys + first * dim, count, dim, scratch.unit);
-        for (int d = 0; d < out_dim; ++d)
-            store_number(p.dtype, p.summaries, out++, scratch.unit[d]);
+    if (p.selector == Selector::kQuest) {
+        store_units(p, kQuestUnits, item, keys, bounds_unit, scratch);
+    } else if (p.selector == Selector::kMean) {
+        store_units(p, kMeanUnits, item, keys, mean_unit, scratch);
+    } else {
+        for (UnitLevel level : {kFineUnits, kMiddleUnits, kCoarseUnits})
+            store_units(p, level, item, keys, mean_unit, scratch);
     }
 }
 

@@ -63,15 +63,18 @@ struct TileOps {
     void (*accumulate)(const float* weights, const float* values, int ld, int rows,
                        const float* rescale, float* out);
 
-    // Per block of `units` consecutive keys of the tile and per row: the maximum of the scores
-    // below visible_end and the sum of exp(score - maximum); -inf and 0 if there is no such score
-    // or one of them is not finite. Blocks are `panels * kPanelRows` apart in the outputs.
+    // Per block of `units` consecutive keys of the tile and per row, over the scores below
+    // visible_end: their maximum and the sum of exp(score - maximum). -inf and 0 if there is no
+    // such score or one is NaN, +inf and 1 if one is +inf. Blocks are `panels * kPanelRows` apart
+    // in the outputs.
     void (*block_sums)(const float* scores, int units, const int32_t* visible_end, int panels,
                        float* block_max, float* block_sum);
 
-    // Turns block_max and block_sum of `blocks` blocks into each row's softmax mass per block, in
-    // place of block_sum. Rows whose every sum is 0 get masses of 0.
-    void (*block_masses)(const float* block_max, float* block_sum, int64_t blocks, int panels);
+    // One block's masses: block_sum * exp(block_max - norm_max) * norm_inverse per row, 0 where
+    // that is NaN, the largest float where it overflows. Returns the largest; `mass` may be
+    // block_sum.
+    float (*block_mass)(const float* block_max, const float* block_sum, const float* norm_max,
+                        const float* norm_inverse, int panels, float* mass);
 
     // Natural log of the sum of exp over n contiguous scores; -inf for n = 0.
     float (*log_sum_exp)(const float* scores, int64_t n);

@@ -27,7 +27,7 @@ CONDENSATE_INLINE Vec splat(float x) { return Vec{} + x; }
 CONDENSATE_INLINE IntVec splat(int32_t x) { return IntVec{} + x; }
 CONDENSATE_INLINE Vec vmax(Vec a, Vec b) { return b > a ? b : a; }  // keeps a where b is NaN
 
-// exp of x <= 0, NaN for NaN; below -87 the result is 0. Within 2 units in the last place:
+// exp of x <= 0 (and up to 88), NaN for NaN; below -87 it is 0. Within 2 units in the last place:
 // x = n ln 2 + r, a degree-6 polynomial in r (Cephes' coefficients), 2^n by its exponent bits.
 CONDENSATE_INLINE Vec exp_nonpositive(Vec x) {
     const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -282,49 +282,50 @@ static void block_sums(const float* scores, int units, const int32_t* visible_en
         for (int row = 0; row < rows; row += kLanes) {
             const IntVec end = load<IntVec>(visible_end + row);
             Vec max = splat(-kInf);
-            Vec probe = splat(0.0f);  // becomes NaN with a score that is not finite
+            IntVec is_nan = splat(0);
             for (int unit = first; unit < first + units; ++unit) {
                 Vec x = load<Vec>(scores + unit * kScoreStride + row);
                 IntVec visible = splat(unit) < end;
-                probe += visible != 0 ? x * 0.0f : splat(0.0f);
+                is_nan |= visible & (x != x);
                 max = vmax(max, visible != 0 ? x : splat(-kInf));
             }
-            IntVec usable = (probe == 0.0f) & (max > -kInf);
-            Vec base = usable != 0 ? max : splat(0.0f);
+            IntVec finite = (max > -kInf) & (max < kInf);
+            Vec base = finite != 0 ? max : splat(0.0f);
             Vec sum = splat(0.0f);
             for (int unit = first; unit < first + units; ++unit) {
                 Vec x = load<Vec>(scores + unit * kScoreStride + row);
                 sum += splat(unit) < end ? exp_nonpositive(x - base) : splat(0.0f);
             }
-            store(block_max + row, usable != 0 ? max : splat(-kInf));
-            store(block_sum + row, usable != 0 ? sum : splat(0.0f));
+            sum = finite != 0 ? sum : splat(0.0f);
+            sum = max == kInf ? splat(1.0f) : sum;
+            store(block_max + row, is_nan != 0 ? splat(-kInf) : max);
+            store(block_sum + row, is_nan != 0 ? splat(0.0f) : sum);
         }
         block_max += rows;
         block_sum += rows;
     }
 }
 
-static void block_masses(const float* block_max, float* block_sum, int64_t blocks, int panels) {
-    const int64_t rows = panels * kPanelRows;
-    for (int64_t row = 0; row < rows; row += kLanes) {
-        Vec max = splat(-kInf);
-        for (int64_t block = 0; block < blocks; ++block)
-            max = vmax(max, load<Vec>(block_max + block * rows + row));
-        Vec base = max == -kInf ? splat(0.0f) : max;
-        Vec total = splat(0.0f);
-        for (int64_t block = 0; block < blocks; ++block) {
-            float* at = block_sum + block * rows + row;
-            Vec mass =
-                load<Vec>(at) * exp_nonpositive(load<Vec>(block_max + block * rows + row) - base);
-            store(at, mass);
-            total += mass;
-        }
-        total = total > 0.0f ? total : splat(1.0f);
-        for (int64_t block = 0; block < blocks; ++block) {
-            float* at = block_sum + block * rows + row;
-            store(at, load<Vec>(at) / total);
-        }
+static float block_mass(const float* block_max, const float* block_sum, const float* norm_max,
+                        const float* norm_inverse, int panels, float* mass) {
+    constexpr float kLargest = 3.40282347e+38f;
+    Vec best = splat(0.0f);
+    for (int row = 0; row < panels * kPanelRows; row += kLanes) {
+        Vec x = load<Vec>(block_max + row) - load<Vec>(norm_max + row);
+        // In two factors, so that the exponential overflows only where the mass does.
+        IntVec large = x > 32.0f;
+        x = large != 0 ? x - 32.0f : x;
+        x = x > 80.0f ? splat(80.0f) : x;
+        Vec m = load<Vec>(block_sum + row) * load<Vec>(norm_inverse + row) * exp_nonpositive(x);
+        m *= large != 0 ? splat(7.89629602e+13f) : splat(1.0f);  // e^32
+        m = m > kLargest ? splat(kLargest) : m;
+        m = m == m ? m : splat(0.0f);
+        store(mass + row, m);
+        best = vmax(best, m);
     }
+    float largest = 0.0f;
+    for (int lane = 0; lane < kLanes; ++lane) largest = best[lane] > largest ? best[lane] : largest;
+    return largest;
 }
 
 // ---- Rows of scores ----
@@ -382,4 +383,4 @@ static void order_keys(const float* scores, int64_t n, uint32_t* keys) {
 #undef CONDENSATE_INLINE
 
 static const TileOps kOps = {kName,      load_rows,  score,        mask,        softmax,
-                             accumulate, block_sums, block_masses, log_sum_exp, order_keys};
+                             accumulate, block_sums, block_mass, log_sum_exp, order_keys};

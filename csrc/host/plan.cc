@@ -123,7 +123,7 @@ void describe_work(const PlanRequest& request, Plan* plan) {
     } else if (request.topk > 0) {
         plan->selection = exact ? Selection::kTokens : Selection::kBlocks;
         plan->list_width = exact ? 0 : request.topk / kBlockKeys;
-        plan->summary_units = exact ? 0 : summary_units(request.selector, p.kv_len);
+        plan->summary_rows = exact ? 0 : summary_rows(request.selector, p.kv_len);
         selected_keys = request.topk;
     }
     int64_t window_keys = p.causal ? p.window : max_i64(2 * p.window - 1, 0);
@@ -211,10 +211,10 @@ std::string to_string(const Plan& plan) {
     std::snprintf(
         line, sizeof(line),
         "%s: path=%s (%s) selection=%s tiles=%lld x %lld positions list_width=%lld "
-        "summary_units=%lld keys_per_query<=%lld workspace=%lld bytes",
+        "summary_rows=%lld keys_per_query<=%lld workspace=%lld bytes",
         stage_name(plan.stage), path_name(plan.path), plan.reason, selection_name(plan.selection),
         static_cast<long long>(plan.tiles), static_cast<long long>(plan.tile_positions),
-        static_cast<long long>(plan.list_width), static_cast<long long>(plan.summary_units),
+        static_cast<long long>(plan.list_width), static_cast<long long>(plan.summary_rows),
         static_cast<long long>(plan.keys_per_query), static_cast<long long>(plan.workspace_bytes));
     return line;
 }

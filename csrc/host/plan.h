@@ -75,7 +75,7 @@ struct Plan {
     int64_t tile_positions = 0;
     int64_t tiles = 0;            // batch * kv_heads * tiles per KV head: the units of work
     int64_t list_width = 0;       // blocks per list
-    int64_t summary_units = 0;    // per KV head; 0 unless blocks are selected
+    int64_t summary_rows = 0;     // per KV head; 0 unless blocks are selected
     int64_t keys_per_query = 0;   // what a full row attends to, at most
     int64_t workspace_bytes = 0;  // scratch of the block selection; filled in by plan_call
 };

@@ -173,10 +173,10 @@ Status validate(const BlockSummaryParams& p) {
     if (!status.ok()) return status;
     int head_dim = static_cast<int>(p.head_dim);
     int64_t heads = p.batch * p.kv_heads;
-    int64_t units = heads * summary_units(p.selector, p.kv_len);
+    int64_t rows = heads * summary_rows(p.selector, p.kv_len);
     return check_pointers(op,
                           {{"key", p.key.data, heads * p.kv_len * p.head_dim},
-                           {"summaries", p.summaries, units * summary_dim(p.selector, head_dim)}});
+                           {"summaries", p.summaries, rows * summary_dim(p.selector, head_dim)}});
 }
 
 Status validate(const BlockSelectParams& p) {
@@ -193,11 +193,11 @@ Status validate(const BlockSelectParams& p) {
     status = check_width(op, p.max_blocks);
     if (!status.ok()) return status;
     Counts n(p.problem);
-    int64_t units =
-        p.problem.batch * p.problem.kv_heads * summary_units(p.selector, p.problem.kv_len);
+    int64_t rows =
+        p.problem.batch * p.problem.kv_heads * summary_rows(p.selector, p.problem.kv_len);
     int dim = summary_dim(p.selector, static_cast<int>(p.problem.head_dim));
     return check_pointers(op, {{"query", p.query.data, n.query},
-                               {"summaries", p.summaries, n.rows == 0 ? 0 : units * dim},
+                               {"summaries", p.summaries, n.rows == 0 ? 0 : rows * dim},
                                {"block_indices", p.block_indices, n.tiles * p.max_blocks},
                                {"block_counts", p.block_counts, n.tiles}});
 }

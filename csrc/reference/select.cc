@@ -11,11 +11,35 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// One averaged query of a tile: its vector as scored, and the position that decides visibility.
-struct Pool {
-    std::vector<float> query;
-    int64_t last_position;
+// A query as scored, pooled or not, and the position that decides which units it sees.
+struct Query {
+    std::vector<float> vector;
+    int64_t position;
 };
+
+using Blocks = std::vector<int64_t>;  // ascending
+
+// One tile of one KV head: everything that its list depends on.
+struct Tile {
+    Tile(const BlockSelectParams& call, int64_t batch, int64_t kv, int64_t index)
+        : params(call), b(batch), kv_head(kv) {
+        const Problem& p = params.problem;
+        const int positions = tile_positions(p.group());
+        begin = index * positions;
+        end = min_i64(begin + positions, p.query_len);
+        span = tile_span(index, positions, p.query_len, p.kv_len);
+        list = (b * p.kv_heads + kv_head) * num_tiles(p.query_len, p.group()) + index;
+    }
+    Ranges ranges() const { return params.problem.ranges(); }
+    int64_t first_head() const { return kv_head * params.problem.group(); }
+    int64_t end_head() const { return first_head() + params.problem.group(); }
+
+    const BlockSelectParams& params;
+    int64_t b, kv_head, begin, end, list;
+    TileSpan span;
+};
+
+// ---- Queries ----
 
 // Quest scores by max(q,0)·max + min(q,0)·min: a dot product over a vector of twice the size.
 std::vector<float> scoring_vector(const std::vector<float>& mean, Selector selector) {
@@ -26,113 +50,245 @@ std::vector<float> scoring_vector(const std::vector<float>& mean, Selector selec
     return split;
 }
 
+// The mean of queries first..end-1 of one head.
 template <class Acc>
-Pool make_pool(const BlockSelectParams& params, int64_t b, int64_t h, int64_t begin, int64_t end) {
-    const Problem& p = params.problem;
+Query pool(const Tile& t, int64_t h, int64_t first, int64_t end) {
+    const Problem& p = t.params.problem;
     std::vector<float> mean;
     for (int64_t d = 0; d < p.head_dim; ++d) {
         Acc sum = 0;
-        for (int64_t i = begin; i < end; ++i)
-            sum += static_cast<Acc>(row_of(params.query, p.dtype, b, h, i)[d]);
-        mean.push_back(round_to(p.dtype, static_cast<float>(sum / static_cast<Acc>(end - begin))));
+        for (int64_t i = first; i < end; ++i)
+            sum += static_cast<Acc>(row_of(t.params.query, p.dtype, t.b, h, i)[d]);
+        mean.push_back(round_to(p.dtype, static_cast<float>(sum / static_cast<Acc>(end - first))));
     }
-    return {scoring_vector(mean, params.selector), query_position(end - 1, p.query_len, p.kv_len)};
+    return {scoring_vector(mean, t.params.selector),
+            query_position(end - 1, p.query_len, p.kv_len)};
 }
 
-// Softmax mass of every block for one pooled query; 0 where nothing is visible or finite.
+// The tile's queries by head, then position, in pools of `size`.
 template <class Acc>
-std::vector<Acc> block_masses(const BlockSelectParams& params, const Pool& pool,
-                              int64_t unit_offset) {
-    const Problem& p = params.problem;
-    const int64_t blocks = num_blocks(p.kv_len);
-    const int per_block = units_per_block(params.selector), keys = unit_keys(params.selector);
-    const int64_t dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
-    std::vector<std::vector<Acc>> scores(static_cast<size_t>(blocks));
+std::vector<Query> pooled_queries(const Tile& t, int64_t size) {
+    std::vector<Query> queries;
+    for (int64_t h = t.first_head(); h < t.end_head(); ++h)
+        for (int64_t i = t.begin; i < t.end; i += size)
+            queries.push_back(pool<Acc>(t, h, i, min_i64(i + size, t.end)));
+    return queries;
+}
+
+// ---- Sums and masses, as logarithms ----
+
+// log(sum of exp): -inf for no score, NaN with a NaN among them, +inf with a +inf.
+template <class Acc>
+Acc log_sum(const std::vector<Acc>& scores) {
     Acc max = -std::numeric_limits<Acc>::infinity();
-    for (int64_t block = 0; block < blocks; ++block) {
-        std::vector<Acc>& visible = scores[static_cast<size_t>(block)];
-        for (int64_t unit = block * per_block; unit < (block + 1) * per_block; ++unit) {
-            if (!is_unit_visible(p.ranges(), pool.last_position, unit, keys)) continue;
-            Row summary{p.dtype, params.summaries, (unit_offset + unit) * dim};
-            visible.push_back(static_cast<Acc>(p.scale) * dot<Acc>(pool.query, summary, dim));
-        }
-        auto is_finite = [](Acc score) { return std::isfinite(score); };
-        if (!std::all_of(visible.begin(), visible.end(), is_finite)) visible.clear();
-        for (Acc score : visible) max = std::max(max, score);
+    for (Acc score : scores)
+        if (score > max || score != score) max = score;
+    if (!std::isfinite(max)) return max;
+    Acc sum = 0;
+    for (Acc score : scores) sum += std::exp(score - max);
+    return max + std::log(sum);
+}
+
+// Appends the query's scores of the units of a block that it sees.
+template <class Acc>
+void add_scores(const Tile& t, const Query& query, UnitLevel level, int64_t block,
+                std::vector<Acc>* scores) {
+    const Problem& p = t.params.problem;
+    const Selector selector = t.params.selector;
+    const int64_t rows = summary_rows(selector, p.kv_len);
+    const int64_t dim = summary_dim(selector, static_cast<int>(p.head_dim));
+    const int64_t first = block * level.per_block;
+    for (int64_t unit = first; unit < first + level.per_block; ++unit) {
+        if (!is_unit_visible(p.ranges(), query.position, unit, level.keys)) continue;
+        const int64_t row = summary_row(level, rows_per_block(selector), unit);
+        Row summary{p.dtype, t.params.summaries,
+                    ((t.b * p.kv_heads + t.kv_head) * rows + row) * dim};
+        scores->push_back(static_cast<Acc>(p.scale) * dot<Acc>(query.vector, summary, dim));
     }
-    std::vector<Acc> mass(static_cast<size_t>(blocks), 0);
-    Acc total = 0;
-    for (size_t block = 0; block < mass.size(); ++block) {
-        for (Acc score : scores[block]) mass[block] += std::exp(score - max);
-        total += mass[block];
+}
+
+template <class Acc>
+Acc log_sum_of(const Tile& t, const Query& query, UnitLevel level, const Blocks& blocks) {
+    std::vector<Acc> scores;
+    for (int64_t block : blocks) add_scores(t, query, level, block, &scores);
+    return log_sum(scores);
+}
+
+// Of every block in turn; one that is NaN has no mass.
+template <class Acc>
+std::vector<Acc> block_log_sums(const Tile& t, const Query& query, UnitLevel level,
+                                const Blocks& blocks) {
+    std::vector<Acc> sums;
+    for (int64_t block : blocks) {
+        Acc sum = log_sum_of<Acc>(t, query, level, {block});
+        sums.push_back(sum == sum ? sum : -std::numeric_limits<Acc>::infinity());
     }
-    for (Acc& m : mass) m = total > 0 ? m / total : 0;
-    return mass;
+    return sums;
 }
 
-// The eligible blocks of largest mass, ties to the lower index, ascending.
+// exp(part - whole) as the definition bounds it.
 template <class Acc>
-std::vector<int64_t> top_blocks(const std::vector<Acc>& mass, const Ranges& ranges, TileSpan span,
-                                int64_t max_blocks) {
-    std::vector<int64_t> order;
-    for (int64_t block = 0; block < static_cast<int64_t>(mass.size()); ++block)
-        if (is_eligible(ranges, span, block)) order.push_back(block);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t x, int64_t y) {
-        return mass[static_cast<size_t>(x)] > mass[static_cast<size_t>(y)];
-    });
-    if (static_cast<int64_t>(order.size()) > max_blocks)
-        order.resize(static_cast<size_t>(max_blocks));
-    std::sort(order.begin(), order.end());
-    return order;
+Acc mass_of(Acc part, Acc whole) {
+    if (!std::isfinite(whole)) return 0;
+    return std::min(std::exp(part - whole), static_cast<Acc>(std::numeric_limits<float>::max()));
 }
 
-// Mass of the eligible blocks that were not taken.
+// The largest mass over the queries of every block of `blocks`, relative to the units of `whole`.
 template <class Acc>
-Acc mass_left_out(const std::vector<Acc>& mass, const std::vector<int64_t>& taken,
-                  const Ranges& ranges, TileSpan span) {
-    Acc left_out = 0;
-    for (int64_t block = 0; block < static_cast<int64_t>(mass.size()); ++block)
-        if (is_eligible(ranges, span, block) &&
-            !std::binary_search(taken.begin(), taken.end(), block))
-            left_out += mass[static_cast<size_t>(block)];
-    return left_out;
+std::vector<Acc> largest_masses(const Tile& t, const std::vector<Query>& queries,
+                                ScoringLevels levels, const Blocks& whole, const Blocks& blocks) {
+    std::vector<Acc> largest(blocks.size(), 0);
+    for (const Query& query : queries) {
+        const Acc norm = log_sum_of<Acc>(t, query, levels.norm, whole);
+        const std::vector<Acc> sums = block_log_sums<Acc>(t, query, levels.mass, blocks);
+        for (size_t n = 0; n < blocks.size(); ++n)
+            largest[n] = std::max(largest[n], mass_of(sums[n], norm));
+    }
+    return largest;
+}
+
+// ---- Choosing ----
+
+Blocks all_blocks(const Tile& t) {
+    Blocks blocks;
+    for (int64_t block = 0; block < num_blocks(t.ranges().kv_len); ++block) blocks.push_back(block);
+    return blocks;
+}
+
+Blocks eligible_blocks(const Tile& t) {
+    Blocks blocks;
+    for (int64_t block : all_blocks(t))
+        if (is_eligible(t.ranges(), t.span, block)) blocks.push_back(block);
+    return blocks;
+}
+
+bool contains(const Blocks& blocks, int64_t block) {
+    return std::binary_search(blocks.begin(), blocks.end(), block);
+}
+
+// The `width` blocks of largest mass, ties to the lower index.
+template <class Acc>
+Blocks heaviest(const Blocks& blocks, const std::vector<Acc>& mass, int64_t width) {
+    std::vector<size_t> order(blocks.size());
+    for (size_t n = 0; n < order.size(); ++n) order[n] = n;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t x, size_t y) { return mass[x] > mass[y]; });
+    Blocks taken;
+    for (size_t n = 0; n < order.size() && static_cast<int64_t>(n) < width; ++n)
+        taken.push_back(blocks[order[n]]);
+    std::sort(taken.begin(), taken.end());
+    return taken;
+}
+
+// The `width` eligible blocks that the scan of pooled queries finds heaviest.
+template <class Acc>
+Blocks scan(const Tile& t, const Blocks& eligible, int64_t width) {
+    if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
+    const std::vector<Query> pools = pooled_queries<Acc>(t, query_pool(t.params.problem.group()));
+    return heaviest(
+        eligible,
+        largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t), eligible),
+        width);
+}
+
+// W: the shortlist and what the attention walks beside it.
+Blocks walked_blocks(const Tile& t, const Blocks& shortlist) {
+    const BlockRange anchors = anchor_blocks(t.ranges(), t.span);
+    const BlockRange window = window_blocks(t.ranges(), t.span);
+    Blocks walked;
+    for (int64_t block : all_blocks(t))
+        if (contains(shortlist, block) || (block >= anchors.begin && block < anchors.end) ||
+            (block >= window.begin && block < window.end))
+            walked.push_back(block);
+    return walked;
+}
+
+// The `width` shortlisted blocks that single queries find heaviest.
+template <class Acc>
+Blocks refine(const Tile& t, const Blocks& shortlist, int64_t width) {
+    const std::vector<Query> queries = pooled_queries<Acc>(t, 1);
+    return heaviest(
+        shortlist,
+        largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist), shortlist),
+        width);
+}
+
+// ---- What is left out ----
+
+// A pooled query's share outside the list, from the scores of the scan.
+template <class Acc>
+Acc scanned_omission(const Tile& t, const Query& pooled, const Blocks& left_out) {
+    const ScoringLevels levels = scan_levels(t.params.selector);
+    return mass_of(log_sum(block_log_sums<Acc>(t, pooled, levels.mass, left_out)),
+                   log_sum_of<Acc>(t, pooled, levels.norm, all_blocks(t)));
+}
+
+// A query's share outside the list: fine units inside W, and outside of it four times the middle
+// units of its pooled query, which stand for sixteen keys where fine ones stand for four.
+template <class Acc>
+Acc refined_omission(const Tile& t, const Query& query, const Query& pooled, const Blocks& left_out,
+                     const Blocks& walked) {
+    Blocks unwalked, left_in_walk;
+    for (int64_t block : all_blocks(t))
+        if (!contains(walked, block)) unwalked.push_back(block);
+    for (int64_t block : left_out)
+        if (contains(walked, block)) left_in_walk.push_back(block);
+    const Acc rest =
+        std::log(Acc{4}) + log_sum(block_log_sums<Acc>(t, pooled, kMiddleUnits, unwalked));
+    std::vector<Acc> all = block_log_sums<Acc>(t, query, kFineUnits, walked);
+    std::vector<Acc> left = block_log_sums<Acc>(t, query, kFineUnits, left_in_walk);
+    all.push_back(rest);
+    left.push_back(rest);
+    return mass_of(log_sum(left), log_sum(all));
 }
 
 template <class Acc>
-void select_tile(const BlockSelectParams& params, int64_t b, int64_t kv, int64_t tile) {
-    const Problem& p = params.problem;
-    const int group = p.group(), pool_size = query_pool(group);
-    const int64_t positions = tile_positions(group), tiles = num_tiles(p.query_len, group);
-    const int64_t begin = tile * positions, end = min_i64(begin + positions, p.query_len);
-    const int64_t unit_offset = (b * p.kv_heads + kv) * summary_units(params.selector, p.kv_len);
-    const TileSpan span = tile_span(tile, static_cast<int>(positions), p.query_len, p.kv_len);
-
-    std::vector<std::vector<Acc>> masses;  // by head of the group, then pool
-    for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
-        for (int64_t i = begin; i < end; i += pool_size)
-            masses.push_back(block_masses<Acc>(
-                params, make_pool<Acc>(params, b, h, i, min_i64(i + pool_size, end)), unit_offset));
-    std::vector<Acc> tile_mass(static_cast<size_t>(num_blocks(p.kv_len)), 0);
-    for (const std::vector<Acc>& mass : masses)
-        for (size_t block = 0; block < mass.size(); ++block)
-            tile_mass[block] = std::max(tile_mass[block], mass[block]);
-
-    std::vector<int64_t> taken = top_blocks(tile_mass, p.ranges(), span, params.max_blocks);
-    const int64_t list = (b * p.kv_heads + kv) * tiles + tile;
-    params.block_counts[list] = static_cast<int32_t>(taken.size());
-    for (size_t n = 0; n < static_cast<size_t>(params.max_blocks); ++n)
-        params.block_indices[list * params.max_blocks + static_cast<int64_t>(n)] =
-            n < taken.size() ? static_cast<int32_t>(taken[n]) : -1;
-
-    if (params.omitted_mass_estimate == nullptr) return;
-    const int64_t pools = ceil_div(end - begin, pool_size);
-    for (int64_t g = 0; g < group; ++g)
-        for (int64_t i = begin; i < end; ++i) {
-            size_t pool = static_cast<size_t>(g * pools + (i - begin) / pool_size);
-            Acc left_out = mass_left_out(masses[pool], taken, p.ranges(), span);
-            int64_t row = (b * p.query_heads + kv * group + g) * p.query_len + i;
-            params.omitted_mass_estimate[row] = static_cast<float>(left_out);
+void store_estimate(const Tile& t, const Blocks& left_out, const Blocks& walked) {
+    const Problem& p = t.params.problem;
+    const int64_t size = query_pool(p.group());
+    for (int64_t h = t.first_head(); h < t.end_head(); ++h)
+        for (int64_t i = t.begin; i < t.end; ++i) {
+            Acc omitted = 0;
+            if (!left_out.empty()) {
+                const int64_t first = t.begin + (i - t.begin) / size * size;
+                const Query pooled = pool<Acc>(t, h, first, min_i64(first + size, t.end));
+                omitted = t.params.selector == Selector::kBlock
+                              ? refined_omission<Acc>(t, pool<Acc>(t, h, i, i + 1), pooled,
+                                                      left_out, walked)
+                              : scanned_omission<Acc>(t, pooled, left_out);
+            }
+            t.params.omitted_mass_estimate[(t.b * p.query_heads + h) * p.query_len + i] =
+                static_cast<float>(omitted);
         }
+}
+
+void store_list(const Tile& t, const Blocks& taken) {
+    t.params.block_counts[t.list] = static_cast<int32_t>(taken.size());
+    int32_t* indices = t.params.block_indices + t.list * t.params.max_blocks;
+    for (size_t n = 0; n < static_cast<size_t>(t.params.max_blocks); ++n)
+        indices[n] = n < taken.size() ? static_cast<int32_t>(taken[n]) : -1;
+}
+
+template <class Acc>
+void select_tile(const Tile& t) {
+    const int64_t width = t.params.max_blocks;
+    const Blocks eligible = eligible_blocks(t);
+    Blocks taken = eligible, walked;
+    if (static_cast<int64_t>(eligible.size()) > width) {
+        if (t.params.selector == Selector::kBlock) {
+            const Blocks shortlist = scan<Acc>(t, eligible, shortlist_width(width));
+            walked = walked_blocks(t, shortlist);
+            taken = refine<Acc>(t, shortlist, width);
+        } else {
+            taken = scan<Acc>(t, eligible, width);
+        }
+    }
+    store_list(t, taken);
+    if (t.params.omitted_mass_estimate == nullptr) return;
+    Blocks left_out;
+    for (int64_t block : eligible)
+        if (!contains(taken, block)) left_out.push_back(block);
+    store_estimate<Acc>(t, left_out, walked);
 }
 
 struct Candidate {
@@ -185,7 +341,7 @@ void select_blocks(const BlockSelectParams& params) {
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t kv = 0; kv < p.kv_heads; ++kv)
             for (int64_t tile = 0; tile < num_tiles(p.query_len, p.group()); ++tile)
-                select_tile<Acc>(params, b, kv, tile);
+                select_tile<Acc>(Tile(params, b, kv, tile));
 }
 
 template <class Acc>

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "reference/access.h"
 #include "reference/reference.h"
@@ -10,9 +11,9 @@ namespace {
 
 // One element of one unit: the mean, or for quest the maximum and the minimum (NaN wins).
 template <class Acc>
-void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, int64_t unit, int64_t d) {
-    const int keys = unit_keys(params.selector);
-    const int64_t begin = unit * keys, end = min_i64(begin + keys, params.kv_len);
+void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, UnitLevel level,
+               int64_t unit, int64_t d) {
+    const int64_t begin = unit * level.keys, end = min_i64(begin + level.keys, params.kv_len);
     Acc sum = 0;
     float high = 0, low = 0;
     for (int64_t j = begin; j < end; ++j) {
@@ -21,9 +22,10 @@ void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, int64_t u
         if (j == begin || x > high || x != x) high = x;
         if (j == begin || x < low || x != x) low = x;
     }
-    const int64_t units = summary_units(params.selector, params.kv_len);
+    const int64_t rows = summary_rows(params.selector, params.kv_len);
+    const int64_t row = summary_row(level, rows_per_block(params.selector), unit);
     const int64_t dim = summary_dim(params.selector, static_cast<int>(params.head_dim));
-    const int64_t at = ((b * params.kv_heads + h) * units + unit) * dim + d;
+    const int64_t at = ((b * params.kv_heads + h) * rows + row) * dim + d;
     if (params.selector == Selector::kQuest) {
         store_number(params.dtype, params.summaries, at, high);
         store_number(params.dtype, params.summaries, at + params.head_dim, low);
@@ -33,14 +35,22 @@ void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, int64_t u
     }
 }
 
+std::vector<UnitLevel> levels_of(Selector selector) {
+    if (selector == Selector::kQuest) return {kQuestUnits};
+    if (selector == Selector::kMean) return {kMeanUnits};
+    return {kFineUnits, kMiddleUnits, kCoarseUnits};
+}
+
 }  // namespace
 
 template <class Acc>
 void block_summaries(const BlockSummaryParams& params) {
     for (int64_t b = 0; b < params.batch; ++b)
         for (int64_t h = 0; h < params.kv_heads; ++h)
-            for (int64_t unit = 0; unit < summary_units(params.selector, params.kv_len); ++unit)
-                for (int64_t d = 0; d < params.head_dim; ++d) summarise<Acc>(params, b, h, unit, d);
+            for (UnitLevel level : levels_of(params.selector))
+                for (int64_t unit = 0; unit < num_blocks(params.kv_len) * level.per_block; ++unit)
+                    for (int64_t d = 0; d < params.head_dim; ++d)
+                        summarise<Acc>(params, b, h, level, unit, d);
 }
 
 template <class Acc>

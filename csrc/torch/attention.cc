@@ -100,7 +100,7 @@ void attend_selected_blocks(Call& call, const Details& details) {
 
     const int64_t heads = p.batch * p.kv_heads;
     const int64_t tiles = heads * num_tiles(p.query_len, p.group());
-    const int64_t summary_elements = heads * summary_units(call.selector, p.kv_len) *
+    const int64_t summary_elements = heads * summary_rows(call.selector, p.kv_len) *
                                      summary_dim(call.selector, static_cast<int>(p.head_dim));
     Scratch scratch;
     const int64_t summaries =

@@ -13,13 +13,13 @@ void check_summaries(const Argument& summaries, const Argument& query, const Pro
                      Selector selector) {
     check_same_type_and_device(summaries, query);
     const Tensor& s = summaries.tensor;
-    const int64_t units = summary_units(selector, problem.kv_len);
+    const int64_t rows = summary_rows(selector, problem.kv_len);
     const int64_t dim = summary_dim(selector, static_cast<int>(problem.head_dim));
-    if (s.size(0) != problem.batch || s.size(2) != units || s.size(3) != dim)
+    if (s.size(0) != problem.batch || s.size(2) != rows || s.size(3) != dim)
         fail(summaries.op, "summaries has shape " + shape_string(s) + ", expected [" +
                                std::to_string(problem.batch) + ", kv_heads, " +
-                               std::to_string(units) + ", " + std::to_string(dim) +
-                               "] for kv_len " + std::to_string(problem.kv_len) +
+                               std::to_string(rows) + ", " + std::to_string(dim) + "] for kv_len " +
+                               std::to_string(problem.kv_len) +
                                "; make it with block_summaries and the same selector.");
     if (!s.is_contiguous())
         fail(summaries.op,
@@ -42,7 +42,7 @@ Tensor block_summaries(const Tensor& key, std::string selector) {
     params.head_dim = key.size(3);
     Tensor summaries =
         allocate(op, key,
-                 {params.batch, params.kv_heads, summary_units(params.selector, params.kv_len),
+                 {params.batch, params.kv_heads, summary_rows(params.selector, params.kv_len),
                   summary_dim(params.selector, static_cast<int>(params.head_dim))},
                  key.scalar_type());
     params.summaries = summaries.mutable_data_ptr();

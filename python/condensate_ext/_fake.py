@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK_KEYS = 64
 TILE_ROWS = 128
 MAX_TILE_POSITIONS = 64
-UNIT_KEYS = {"block": 4, "quest": 16, "mean": BLOCK_KEYS}
+ROWS_PER_BLOCK = {"block": 16 + 4 + 1, "quest": 4, "mean": 1}  # of the summaries
 
 
 def tile_positions(group: int) -> int:
@@ -36,14 +36,14 @@ def num_tiles(query_len: int, query_heads: int, kv_heads: int) -> int:
 
 
 def summary_shape(kv_len: int, head_dim: int, selector: str) -> tuple[int, int]:
-    """Units and elements per unit of one KV head's summaries."""
-    if selector not in UNIT_KEYS:
+    """Rows of one KV head's summaries and elements of a row."""
+    if selector not in ROWS_PER_BLOCK:
         raise ValueError(
             f'selector is "{selector}", expected "block", "quest" or "mean"; "exact" has no '
             "summaries, use select_tokens."
         )
-    units = _ceil_div(kv_len, BLOCK_KEYS) * (BLOCK_KEYS // UNIT_KEYS[selector])
-    return units, 2 * head_dim if selector == "quest" else head_dim
+    rows = _ceil_div(kv_len, BLOCK_KEYS) * ROWS_PER_BLOCK[selector]
+    return rows, 2 * head_dim if selector == "quest" else head_dim
 
 
 def _out(query: Tensor) -> Tensor:

@@ -151,12 +151,13 @@ def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor
 
     Args:
         key: ``[B, Hkv, Lk, D]``, with positions already encoded.
-        selector: ``"block"`` keeps the mean of every 4 keys, ``"quest"`` the elementwise maximum
-            and minimum of every 16, ``"mean"`` the mean of every 64.
+        selector: ``"block"`` keeps the mean of every 4, every 16 and every 64 keys, ``"quest"`` the
+            elementwise maximum and minimum of every 16, ``"mean"`` the mean of every 64.
 
     Returns:
-        ``[B, Hkv, U, Ds]`` in the key's dtype, with ``U = ceil(Lk / 64) * (16, 4 or 1)`` and
-        ``Ds = D``, or ``2 * D`` (maximum, then minimum) for ``"quest"``.
+        ``[B, Hkv, U, Ds]`` in the key's dtype, with ``U = ceil(Lk / 64) * (21, 4 or 1)`` and
+        ``Ds = D``, or ``2 * D`` (maximum, then minimum) for ``"quest"``. The rows of a block are
+        side by side; for ``"block"`` its 16 means of 4 keys, 4 of 16, then the one of 64.
 
     Raises:
         ValueError: an argument is invalid.
@@ -183,8 +184,10 @@ def select_blocks(
     """Picks, for every tile of queries, the 64-key blocks of largest estimated softmax mass.
 
     A tile is ``P`` consecutive queries of all ``G = Hq / Hkv`` heads of one KV head; ``P`` is the
-    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Ties go to the
-    lower block. The result does not depend on what else is in the batch.
+    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. ``"block"``
+    scans all blocks with averaged queries, then ranks a shortlist of ``max(64, 2 * K)`` of them by
+    every query of the tile. Ties go to the lower block. The result does not depend on what else is
+    in the batch.
 
     Args:
         query: ``[B, Hq, Lq, D]``.

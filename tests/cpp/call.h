@@ -157,7 +157,7 @@ struct Call {
     BlockSummaryParams block_summaries(Selector selector) {
         int64_t dim = summary_dim(selector, static_cast<int>(problem.head_dim));
         int64_t count =
-            problem.batch * problem.kv_heads * summary_units(selector, problem.kv_len) * dim;
+            problem.batch * problem.kv_heads * summary_rows(selector, problem.kv_len) * dim;
         summaries.assign(static_cast<size_t>(count * dtype_bytes(problem.dtype)), 0xff);
         BlockSummaryParams p;
         p.dtype = problem.dtype;

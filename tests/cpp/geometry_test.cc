@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -203,12 +204,14 @@ TEST(Geometry, ACoveringBudgetLeavesNothingOut) {
     });
 }
 
+constexpr UnitLevel kLevels[] = {kFineUnits, kMiddleUnits, kCoarseUnits, kQuestUnits, kMeanUnits};
+
 TEST(Geometry, UnitsAreVisibleFromTheirLastKeyOn) {
-    for (Selector selector : {Selector::kBlock, Selector::kQuest, Selector::kMean})
+    for (UnitLevel level : kLevels)
         for (int64_t kv_len : {0, 1, 3, 4, 17, 63, 64, 65, 130}) {
-            const int keys = unit_keys(selector);
-            ASSERT_EQ(keys * units_per_block(selector), kBlockKeys);
-            for (int64_t unit = 0; unit < summary_units(selector, kv_len); ++unit)
+            const int keys = level.keys;
+            ASSERT_EQ(keys * level.per_block, kBlockKeys);
+            for (int64_t unit = 0; unit < num_blocks(kv_len) * level.per_block; ++unit)
                 for (int64_t p = -3; p < kv_len; ++p) {
                     int64_t held = 0, seen = 0;
                     for (int64_t j = unit * keys; j < (unit + 1) * keys && j < kv_len; ++j) {
@@ -221,6 +224,31 @@ TEST(Geometry, UnitsAreVisibleFromTheirLastKeyOn) {
                     ASSERT_EQ(is_unit_visible(r, p, unit, keys), held > 0);
                 }
         }
+}
+
+TEST(Geometry, EveryUnitHasASummaryRowOfItsOwnBesideThoseOfItsBlock) {
+    const int64_t kv_len = 64 * 3 + 1;
+    for (Selector selector : {Selector::kBlock, Selector::kQuest, Selector::kMean}) {
+        std::vector<int64_t> block_of(static_cast<size_t>(summary_rows(selector, kv_len)), -1);
+        for (UnitLevel level : kLevels) {
+            const bool is_mean = level.per_block == 1 && level.first_row == 0;
+            const bool is_quest = level.per_block == 4 && level.first_row == 0;
+            const Selector owner = is_mean    ? Selector::kMean
+                                   : is_quest ? Selector::kQuest
+                                              : Selector::kBlock;
+            if (owner != selector) continue;
+            for (int64_t unit = 0; unit < num_blocks(kv_len) * level.per_block; ++unit) {
+                int64_t row = summary_row(level, rows_per_block(selector), unit);
+                ASSERT_EQ(block_of.at(static_cast<size_t>(row)), -1);
+                block_of.at(static_cast<size_t>(row)) = unit * level.keys / kBlockKeys;
+            }
+        }
+        for (size_t row = 0; row < block_of.size(); ++row)
+            ASSERT_EQ(block_of[row], static_cast<int64_t>(row) / rows_per_block(selector));
+    }
+    EXPECT_EQ(summary_row(kFineUnits, 21, 16), 21);
+    EXPECT_EQ(summary_row(kMiddleUnits, 21, 5), 21 + 17);
+    EXPECT_EQ(summary_row(kCoarseUnits, 21, 3), 3 * 21 + 20);
 }
 
 TEST(Geometry, ExtremeSizesDoNotOverflow) {

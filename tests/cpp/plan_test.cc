@@ -154,7 +154,7 @@ TEST(Plan, SelectionFollowsTheBudget) {
     Plan plan = plan_of(request, {});
     EXPECT_EQ(plan.selection, Selection::kBlocks);
     EXPECT_EQ(plan.list_width, 27);
-    EXPECT_EQ(plan.summary_units, 2048);
+    EXPECT_EQ(plan.summary_rows, 128 * 21);
     EXPECT_EQ(plan.tile_positions, 32);
     EXPECT_EQ(plan.tiles, 2 * 2 * 32);
     EXPECT_EQ(plan.keys_per_query, 2048);
@@ -183,7 +183,7 @@ TEST(Plan, SelectionFollowsTheBudget) {
 TEST(Plan, PrintsOneLine) {
     EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16), hopper())),
               "attention: path=sm80 (half precision, aligned, sm >= 8.0) selection=blocks "
-              "tiles=128 x 32 positions list_width=27 summary_units=2048 keys_per_query<=2048 "
+              "tiles=128 x 32 positions list_width=27 summary_rows=2688 keys_per_query<=2048 "
               "workspace=0 bytes");
 }
 

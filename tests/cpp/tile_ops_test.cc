@@ -172,6 +172,76 @@ TEST(TileOps, AccumulateIsAProduct) {
         }
 }
 
+TEST(TileOps, BlockSumsSeeOnlyVisibleScores) {
+    for (const TileOps* ops : all_tables())
+        for (int units : {1, 4, 16}) {
+            std::vector<float> scores(kTileKeys * kScoreStride);
+            std::vector<int32_t> end(kMaxRows);
+            for (int row = 0; row < kPanelRows; ++row) {
+                end[size_t(row)] = row * 4 + row % 4;
+                for (int key = 0; key < kTileKeys; ++key)
+                    scores[size_t(key * kScoreStride + row)] =
+                        key < end[size_t(row)] ? float((key * 7 + row) % 5) : NAN;
+            }
+            scores[1 * kScoreStride + 8] = -INFINITY;  // weighs nothing
+            scores[2 * kScoreStride + 9] = INFINITY;
+            scores[2 * kScoreStride + 10] = NAN;
+            std::vector<float> max(kTileKeys * kPanelRows, -7.0f), sum = max;
+            ops->block_sums(scores.data(), units, end.data(), 1, max.data(), sum.data());
+            for (int block = 0; block < kTileKeys / units; ++block)
+                for (int row = 0; row < kPanelRows; ++row) {
+                    float best = -INFINITY;
+                    double total = 0;
+                    for (int key = block * units; key < (block + 1) * units; ++key) {
+                        if (key >= end[size_t(row)]) continue;
+                        float x = scores[size_t(key * kScoreStride + row)];
+                        best = x > best ? x : best;
+                        total += std::exp(double(x));
+                    }
+                    const size_t at = size_t(block * kPanelRows + row);
+                    if (std::isnan(total)) best = -INFINITY;
+                    ASSERT_EQ(max[at], best) << ops->name << " " << units << " " << row;
+                    double expected = std::isfinite(best) ? total / std::exp(double(best))
+                                      : best > 0          ? 1
+                                                          : 0;
+                    ASSERT_NEAR(double(sum[at]), expected, 1e-6 * expected) << ops->name;
+                }
+        }
+}
+
+TEST(TileOps, BlockMassesOverflowToTheLargestFloatAndNanIsNone) {
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    struct {
+        float max, sum, norm_max, norm_inverse;
+        double mass;
+    } const cases[] = {
+        {3.0f, 2.0f, 5.0f, 0.25f, 0.5 * std::exp(-2.0)},
+        {-INFINITY, 0.0f, 5.0f, 0.25f, 0},                       // sees nothing of the block
+        {50.0f, 3.0f, 0.0f, 0.5f, 1.5 * std::exp(50.0)},         // far above the norm
+        {90.0f, 1.0f, 0.0f, 0x1p-10f, 0x1p-10 * std::exp(90.0)},  // though exp(90) overflows
+        {90.0f, 1.0f, 0.0f, 1.0f, double{kLargest}},
+        {INFINITY, 1.0f, 3.0f, 1e-8f, double{kLargest}},
+        {INFINITY, 1.0f, 0.0f, 0.0f, 0},  // a row without masses
+        {7.0f, 1.0f, 0.0f, 0.0f, 0},
+        {NAN, 1.0f, 0.0f, 1.0f, 0},
+        {-200.0f, 4.0f, 0.0f, 1.0f, 0},
+    };
+    for (const TileOps* ops : all_tables())
+        for (const auto& c : cases) {
+            std::vector<float> max(kPanelRows, -INFINITY), sum(kPanelRows), norm(kPanelRows),
+                inverse(kPanelRows), mass(kPanelRows, -1.0f);
+            max[5] = c.max;
+            sum[5] = c.sum;
+            norm[5] = c.norm_max;
+            inverse[5] = c.norm_inverse;
+            float largest = ops->block_mass(max.data(), sum.data(), norm.data(), inverse.data(), 1,
+                                            mass.data());
+            ASSERT_NEAR(double(mass[5]), c.mass, 1e-6 * c.mass) << ops->name << " " << c.max;
+            ASSERT_EQ(largest, mass[5]);
+            ASSERT_EQ(mass[4], 0.0f);
+        }
+}
+
 TEST(TileOps, LogSumExpOfEveryLength) {
     for (const TileOps* ops : all_tables())
         for (int64_t n = 0; n < 300; ++n) {

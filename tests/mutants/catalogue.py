@@ -21,6 +21,7 @@ LENGTHS = "test_attention.py any_lengths"
 BAD_LISTS = "test_contents.py bad_list or garbage"
 TIES = "test_block_selection.py ties_go"
 BLOCKS = "test_attention.py any_lengths and block or strided and block"
+SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
 
@@ -110,25 +111,95 @@ CPU = (
         BLOCKS,
     ),
     Mutant(
-        "tile_mass_of_one_pool",
-        "cpu/block_select.cc",
-        "*std::max_element(mass, mass + s_.pools.count)",
-        "*std::max_element(mass, mass + 1)",
+        "tile_mass_of_the_last_rows",
+        "cpu/tile_ops.inl",
+        "best = vmax(best, m);",
+        "best = m;",
         "test_block_selection.py longer_contexts",
     ),
     Mutant(
         "unit_visible_before_its_last_key",
+        "cpu/unit_scores.h",
+        ": (position + 1) / keys;",
+        ": position / keys + 1;",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "shortlist_of_the_lowest_blocks",
         "cpu/block_select.cc",
-        ": (last + 1) / keys;",
-        ": last / keys + 1;",
-        "test_equivalence.py nothing_ahead or test_block_selection",
+        "const int64_t count = take_largest(eligible, width);",
+        "const int64_t count = min_i64(eligible, width);",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "shortlist_of_half_the_width",
+        "cpu/block_select.cc",
+        "const int64_t width = shortlist_width(params_.max_blocks);",
+        "const int64_t width = shortlist_width(params_.max_blocks) / 2;",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "scan_without_a_norm",
+        "cpu/block_select.cc",
+        "score_blocks(s_.pools, levels.norm, all, Keep::kNorm);",
+        "score_blocks(s_.pools, levels.norm, {s_.visited, 1}, Keep::kNorm);",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "list_by_the_scan",
+        "cpu/block_select.cc",
+        "            refine(shortlisted);",
+        "            if (shortlisted < 0) refine(shortlisted);",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "refinement_by_middle_units",
+        "cpu/block_select.cc",
+        "score_blocks(queries, kRefinementLevels.mass, fine, Keep::kBlocks);",
+        "score_blocks(queries, kRefinementLevels.norm, fine, Keep::kBlocks);",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "refinement_normalised_by_the_first_blocks",
+        "cpu/block_select.cc",
+        "score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);",
+        "score_blocks(queries, kRefinementLevels.norm, {s_.visited, 1}, Keep::kNorm);",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "masses_do_not_stop_at_the_largest_float",
+        "cpu/tile_ops.inl",
+        "m = m > kLargest ? splat(kLargest) : m;",
+        "m = m > kLargest ? splat(0.0f) : m;",
+        "test_block_selection.py overflow",
+    ),
+    Mutant(
+        "nan_has_a_mass",
+        "cpu/block_select.cc",
+        "const bool usable = sum > 0 && std::isfinite(sum);",
+        "const bool usable = true;",
+        "test_block_selection.py not_finite or sees_a_nan",
     ),
     Mutant(
         "estimate_counts_what_needs_no_list",
         "cpu/block_select.cc",
-        "if (!is_eligible(p_.ranges(), span_, block)) continue;",
-        "",
-        BLOCKS,
+        "return is_eligible(p_.ranges(), span_, block) &&",
+        "return (block & 1) >= 0 &&",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "rest_counted_once",
+        "cpu/block_select.cc",
+        "4 * std::exp(double{s_.rest[pool_of(g, i)]}",
+        "1 * std::exp(double{s_.rest[pool_of(g, i)]}",
+        SHORTLISTS,
+    ),
+    Mutant(
+        "coarse_mean_in_the_middle_ones_place",
+        "include/condensate/geometry.h",
+        "constexpr UnitLevel kCoarseUnits = {64, 1, 20};",
+        "constexpr UnitLevel kCoarseUnits = {64, 1, 19};",
+        "test_block_selection.py summaries",
     ),
     Mutant(
         "token_ties_to_one_key",
@@ -155,7 +226,7 @@ CPU = (
         "merge_without_the_sum",
         "cpu/merge_states.cc",
         "max + std::log(sum)}",
-        "max}",
+        "max + 0 * std::log(sum)}",
         MERGING,
     ),
     Mutant(
@@ -172,7 +243,7 @@ CUDA = (
         "cuda_barrier_removed",
         "kernels/attention/sm80/kernel.h",
         "__syncthreads();  // this step's K and V have landed",
-        "// this step's K and V have landed",
+        "__syncwarp();  // this step's K and V have landed",
         "test_attention.py every_head_dim or any_lengths or group_size",
         "cuda",
     ),

@@ -122,8 +122,11 @@ def from_seed(seed: int, device: str) -> Case:
     given = selector in ("lists", "hostile")
     # A selector has work to do only where its budget and the ranges are short for the keys.
     tight = not given and rng.random() < 0.75
+    # Above 64 eligible blocks the scan of `block` has a shortlist to make.
+    long = tight and selector == "block" and rng.random() < 0.5
     group = rng.choice([1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16, 32, 64])
     query_len, kv_len = _length(rng), rng.randint(300, 1500) if tight else _length(rng, 700)
+    kv_len = rng.randint(66 * BLOCK_KEYS, 100 * BLOCK_KEYS) if long else kv_len
     if rng.random() < 0.4:
         query_len = min(query_len, kv_len)
     kv_heads, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])

@@ -97,15 +97,14 @@ def _check_block_selector(case: Case) -> Outcome:
         selector=case.selector,
         **case.range_args,
     )
-    mass = selection.masses(query, summaries, case.ranges, case.selector, case.scale)
-    eligible = case.ranges.eligible(case.group)
-    chosen = selection.check_lists(indices, counts, mass, eligible, case.topk // 64)
+    scores = selection.Scores(
+        query, summaries, case.ranges, case.selector, case.scale, exact=case.content == "integers"
+    )
+    chosen = selection.check_lists(scores, indices, counts, case.topk // 64)
     out, lse, estimate = ops.attention_forward(
         query, key, value, topk=case.topk, selector=case.selector, **case.range_args
     )
-    expected = selection.estimated_omission(mass, chosen, eligible, case.query_len)
-    assert estimate.dtype == torch.float32 and estimate.shape == expected.shape
-    assert ((estimate.double() - expected).abs() <= mass.tolerance).all(), "omitted_mass_estimate"
+    selection.check_estimate(scores, estimate, chosen, case.topk // 64)
     support = support_of_lists(case.ranges, chosen, case.query_heads)
     reference = oracle.attention(query, key, value, support, case.scale)
     return Outcome(oracle.assert_matches(reference, out, lse))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 BLOCK_KEYS = 64
-UNIT_KEYS = {"block": 4, "quest": 16, "mean": 64}
+FINE, MIDDLE, COARSE = 4, 16, 64  # keys per unit of "block"
+LEVELS = {"block": (FINE, MIDDLE, COARSE), "quest": (16,), "mean": (64,)}  # in a block's order
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -63,13 +64,20 @@ class Ranges:
 
     def eligible(self, group: int) -> Tensor:
         """[T, blocks]: may a list of the tile name the block?"""
+        return self._any_of_tile(self.candidates(), group)
+
+    def beside(self, group: int) -> Tensor:
+        """[T, blocks]: does the block hold anchors or window keys of some query of the tile?"""
+        return self._any_of_tile(self.always(), group)
+
+    def _any_of_tile(self, pairs: Tensor, group: int) -> Tensor:
         tile = torch.arange(self.query_len, device=self.device) // tile_positions(group)
         block = torch.arange(self.kv_len, device=self.device) // BLOCK_KEYS
         tiles = ceil_div(self.query_len, tile_positions(group))
         blocks = ceil_div(self.kv_len, BLOCK_KEYS)
         hits = torch.zeros(tiles, blocks, dtype=torch.float64, device=self.device)
         per_tile = torch.zeros(tiles, self.kv_len, dtype=torch.float64, device=self.device)
-        per_tile.index_add_(0, tile, self.candidates().double())
+        per_tile.index_add_(0, tile, pairs.double())
         return hits.index_add_(1, block, per_tile) > 0
 
 

@@ -20,6 +20,7 @@ from tests.testkit.definition import (
 FAULTS = (
     "window_edge", "anchor_edge", "diagonal", "alignment", "drop_one_key", "double_count",
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
+    "shortlist", "refinement",
 )  # fmt: skip
 
 
@@ -72,13 +73,10 @@ class NaiveOps:
         self, query, summaries, *, kv_len, topk, selector, window, anchors, causal, scale
     ):
         ranges = self._ranges(query.shape[2], kv_len, window, anchors, causal)
-        mass = selection.masses(query, summaries, ranges, selector, scale)
-        eligible = ranges.eligible(query.shape[1] // summaries.shape[1])
-        if self.fault == "eligibility":
-            eligible = eligible.roll(1, -1)
+        query = -query if self.fault == "order" else query
+        scores = selection.Scores(query, summaries, ranges, selector, scale)
         budget = topk // BLOCK_KEYS - (self.fault == "budget" and topk > 0)
-        weight = -mass.per_tile if self.fault == "order" else mass.per_tile
-        chosen, _ = selection.expected_lists(weight.exp(), eligible, budget)
+        chosen = self._choose(scores, budget)
         counts = chosen.sum(-1).int()
         blocks = chosen.shape[-1]
         ascending = torch.where(chosen, torch.arange(blocks), blocks).sort(-1).values
@@ -88,6 +86,18 @@ class NaiveOps:
         kept = ascending[..., :width]
         indices[..., :width] = torch.where(kept < blocks, kept, filler).int()
         return indices, counts
+
+    def _choose(self, scores: selection.Scores, budget: int) -> Tensor:
+        if self.fault == "eligibility":
+            scores.eligible = scores.eligible.roll(1, -1)
+        if self.fault == "refinement" and scores.selector == "block":
+            return selection.expected_lists(scores.scanned, scores.eligible, budget)[0]
+        if self.fault == "shortlist" and scores.selector == "block":
+            rank = scores.eligible.int().cumsum(-1)
+            shortlist = scores.eligible & (rank <= selection.shortlist_width(budget))
+            mass = scores.refined((shortlist | scores.beside).expand(scores.scanned.shape))
+            return selection.expected_lists(mass, shortlist, budget)[0]
+        return selection.expected_choice(scores, budget)[0]
 
     def select_tokens(  # type: ignore[no-untyped-def]
         self, query, key, *, topk, window, anchors, causal, scale
@@ -126,8 +136,8 @@ class NaiveOps:
             query, units, kv_len=key.shape[2], topk=topk, selector=selector, **args
         )
         chosen, _ = listed_blocks(*lists, key.shape[2])
-        mass = selection.masses(query, units, ranges, selector, scale)
-        eligible = ranges.eligible(query.shape[1] // key.shape[1])
-        estimate = selection.estimated_omission(mass, chosen, eligible, query.shape[2])
+        scores = selection.Scores(query, units, ranges, selector, scale)
+        budget = topk // BLOCK_KEYS
+        estimate, _ = selection.estimated_omission(scores, chosen, budget)
         support = support_of_lists(ranges, chosen, query.shape[1])
         return *self._attend(query, key, value, support, scale), estimate.float()

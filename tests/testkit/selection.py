@@ -1,8 +1,14 @@
-"""Oracles of selection: summaries, block masses, lists, token top-k. All in float64."""
+"""Oracles of selection: summaries, block masses, lists, token top-k. All in float64.
+
+Where a kernel's rounding may decide, the oracle knows intervals: blocks that are surely on the
+shortlist and ones that may be, masses from the least to the most that a kernel may find.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,98 +17,54 @@ from torch.nn.functional import pad
 from tests.testkit import oracle
 from tests.testkit.definition import (
     BLOCK_KEYS,
-    UNIT_KEYS,
+    COARSE,
+    FINE,
+    LEVELS,
+    MIDDLE,
     Ranges,
     ceil_div,
     query_pool,
+    spread_to_rows,
     tile_positions,
 )
 
 # Masses below this are one: float32 may have flushed them to 0.
 TINY_MASS = 1e-30
+LARGEST_MASS = float(torch.finfo(torch.float32).max)
+# Relative error of a sum of exponentials beside that of the scores: the exponentials' own, 64 terms
+# one after another, and a running sum that is rescaled.
+SUM_ERROR = 160 * oracle.EPS
+
+
+# ---- Summaries ----
 
 
 def units(key: Tensor, selector: str) -> Tensor:
-    """Float64 summaries [B, Hkv, U, Ds], not rounded; units with no key are 0."""
+    """Float64 summaries [B, Hkv, rows, Ds], not rounded; units with no key are 0."""
+    levels = [_units_of(key, selector, size) for size in LEVELS[selector]]
+    return torch.cat(levels, 3).flatten(2, 3)
+
+
+def _units_of(key: Tensor, selector: str, size: int) -> Tensor:
+    """The units of one size, [B, Hkv, blocks, units of a block, Ds]."""
     b, h, lk, d = key.shape
-    size = UNIT_KEYS[selector]
-    count = ceil_div(lk, BLOCK_KEYS) * (BLOCK_KEYS // size)
+    blocks, per_block = ceil_div(lk, BLOCK_KEYS), BLOCK_KEYS // size
     summary_dim = 2 * d if selector == "quest" else d
-    result = torch.zeros(b, h, count, summary_dim, dtype=torch.float64, device=key.device)
+    result = torch.zeros(b, h, blocks * per_block, summary_dim, dtype=torch.float64)
+    result = result.to(key.device)
     for unit in range(ceil_div(lk, size)):
         keys = key[:, :, unit * size : (unit + 1) * size].double()
         parts = [keys.amax(2), keys.amin(2)] if selector == "quest" else [keys.mean(2)]
         result[:, :, unit] = torch.cat(parts, -1)
-    return result
+    return result.unflatten(2, (blocks, per_block))
 
 
-def _runs(rows: Tensor, size: int) -> Tensor:
-    """[B, H, S, X] -> [B, H, ceil(S / size), size, X]: runs of consecutive rows, filled with 0."""
-    count = ceil_div(rows.shape[2], size)
-    filled = pad(rows, (0, 0, 0, count * size - rows.shape[2]))
-    return filled.unflatten(2, (count, size))
-
-
-def pooled_queries(query: Tensor, group: int) -> Tensor:
-    """Means over the positions of each pool, in float32, rounded to the query's dtype."""
-    runs = _runs(query.float(), query_pool(group))
-    exists = _runs(torch.ones_like(query[:1, :1, :, :1], dtype=torch.float32), query_pool(group))
-    return (runs.sum(3) / exists.sum(3)).to(query.dtype)
-
-
-@dataclass(frozen=True)
-class Masses:
-    per_pool: Tensor  # [B, Hq, pools, blocks] float64
-    per_tile: Tensor  # [B, Hkv, T, blocks]: the largest over the tile's pools and heads
-    tolerance: float  # relative error that a float32 computation of a mass may have
-
-
-def masses(
-    query: Tensor, summaries: Tensor, ranges: Ranges, selector: str, scale: float | None
-) -> Masses:
-    """Softmax mass of every block by the definition, from summaries as the op returned them."""
-    heads, d = query.shape[1], query.shape[-1]
-    group = heads // summaries.shape[1]
-    factor = oracle.as_float32(oracle.default_scale(d) if scale is None else scale)
-    pooled = pooled_queries(query, group).double()
-    unit = oracle.expand_heads(summaries, heads)
-    if selector == "quest":
-        high, low = unit.split(d, -1)
-        score = pooled.clamp(min=0) @ high.mT + pooled.clamp(max=0) @ low.mT
-        unit = torch.maximum(high.abs(), low.abs())
-    else:
-        score = pooled @ unit.mT
-    score = (factor * score).masked_fill(~_unit_visible(ranges, group, selector), -torch.inf)
-    total = torch.logsumexp(score, -1, keepdim=True)
-    mass = torch.where(score == -torch.inf, 0.0, (score - total).exp())
-    units_per_block = BLOCK_KEYS // UNIT_KEYS[selector]
-    mass = mass.unflatten(-1, (mass.shape[-1] // units_per_block, units_per_block)).sum(-1)
-    tiled = _runs(mass, tile_positions(group) // query_pool(group)).amax(3)
-    tiled = tiled.unflatten(1, (heads // group, group)).amax(2)
-    return Masses(mass, tiled, _tolerance(query, pooled, unit, factor))
-
-
-def _unit_visible(ranges: Ranges, group: int, selector: str) -> Tensor:
-    """[pools, units]: is the unit's last key at or before the pool's last query?"""
-    size, pool = UNIT_KEYS[selector], query_pool(group)
-    first = torch.arange(0, ceil_div(ranges.kv_len, BLOCK_KEYS) * BLOCK_KEYS, size)
-    last = (first + size).clamp(max=ranges.kv_len) - 1
-    ends = [min(p + pool, ranges.query_len) - 1 for p in range(0, ranges.query_len, pool)]
-    position = torch.tensor(ends)[:, None] + ranges.kv_len - ranges.query_len
-    seen = (first < ranges.kv_len) & (torch.ones_like(position, dtype=torch.bool))
-    seen = seen & (last <= position) if ranges.causal else seen
-    return seen.to(ranges.device)
-
-
-def _tolerance(query: Tensor, pooled: Tensor, unit: Tensor, factor: float) -> float:
-    """Error of a score: float32 accumulation, and a pooled query that rounds the other way."""
-    if not pooled.numel() or not unit.numel():
-        return 0.0
-    q_max, k_max = pooled.abs().amax((0, 1, 2)), unit.abs().amax((0, 1, 2))
-    size = abs(factor) * float((q_max * k_max).sum())
-    flip = abs(factor) * float((q_max * k_max).max())
-    flipped = 0.0 if query.dtype == torch.float32 else 4 * oracle.UNIT_ROUNDOFF[query.dtype] * flip
-    return 2 * (2 * (query.shape[-1] + 4) * oracle.EPS * size + flipped) + 1e-5
+def level_of(summaries: Tensor, selector: str, size: int) -> Tensor:
+    """[B, Hkv, units, Ds]: the rows that hold the units of one size."""
+    counts = [BLOCK_KEYS // keys for keys in LEVELS[selector]]
+    first = sum(counts[: LEVELS[selector].index(size)])
+    blocks = summaries.unflatten(2, (summaries.shape[2] // sum(counts), sum(counts)))
+    return blocks[:, :, :, first : first + BLOCK_KEYS // size].flatten(2, 3)
 
 
 def check_summaries(key: Tensor, summaries: Tensor, selector: str) -> None:
@@ -120,60 +82,256 @@ def check_summaries(key: Tensor, summaries: Tensor, selector: str) -> None:
     assert ((summaries.double() - expected).abs() <= bound).all()
 
 
-def check_lists(
-    indices: Tensor, counts: Tensor, mass: Masses, eligible: Tensor, budget: int, hint: str = ""
-) -> Tensor:
-    """A valid top-`budget` by mass: right form, nothing clearly heavier left out.
+# ---- Scores ----
 
-    Returns the chosen blocks, bool [B, Hkv, T, blocks].
+
+def _runs(rows: Tensor, size: int) -> Tensor:
+    """[B, H, S, X] -> [B, H, ceil(S / size), size, X]: runs of consecutive rows, filled with 0."""
+    count = ceil_div(rows.shape[2], size)
+    filled = pad(rows, (0, 0, 0, count * size - rows.shape[2]))
+    return filled.unflatten(2, (count, size))
+
+
+def pooled_queries(query: Tensor, group: int) -> Tensor:
+    """Means over the positions of each pool, in float32, rounded to the query's dtype."""
+    runs = _runs(query.float(), query_pool(group))
+    exists = _runs(torch.ones_like(query[:1, :1, :, :1], dtype=torch.float32), query_pool(group))
+    return (runs.sum(3) / exists.sum(3)).to(query.dtype)
+
+
+@dataclass(frozen=True)
+class LogSums:
+    """Of some queries' scores against the units of one size."""
+
+    by_block: Tensor  # [B, Hq, rows, blocks]: log of the sum of exp over the visible units
+    error: float  # relative, that a float32 computation of such a sum may have
+
+
+def masses(part: LogSums, whole: LogSums, counted: Tensor | None = None) -> Tensor:
+    """[B, Hq, rows, blocks]: sums of `part` over that of `whole` over the counted blocks."""
+    terms = whole.by_block
+    if counted is not None:
+        terms = terms.masked_fill(~counted, -torch.inf)
+    norm = torch.logsumexp(terms, -1, keepdim=True)
+    mass = (part.by_block - norm).exp().nan_to_num(nan=0.0).clamp(max=LARGEST_MASS)
+    return torch.where(norm.isfinite(), mass, 0.0)
+
+
+class Scores:
+    """What the definition says about the lists of one call, from the summaries of the op."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        summaries: Tensor,
+        ranges: Ranges,
+        selector: str,
+        scale: float | None,
+        *,
+        exact: bool = False,
+    ) -> None:
+        """`exact`: means and scores are small integers times powers of two, free of rounding."""
+        self.query, self.summaries, self.ranges = query, summaries, ranges
+        self.selector, self.exact = selector, exact
+        self.heads, d = query.shape[1], query.shape[-1]
+        self.group = self.heads // summaries.shape[1]
+        self.factor = oracle.as_float32(oracle.default_scale(d) if scale is None else scale)
+        self.eligible = ranges.eligible(self.group)
+        self.beside = ranges.beside(self.group)
+
+    # Sums of every kind of query against every size of unit that the definition names.
+
+    @cached_property
+    def scan_part(self) -> LogSums:
+        return self._log_sums(MIDDLE if self.selector == "block" else LEVELS[self.selector][0])
+
+    @cached_property
+    def scan_whole(self) -> LogSums:
+        return self._log_sums(COARSE) if self.selector == "block" else self.scan_part
+
+    @cached_property
+    def fine(self) -> LogSums:
+        return self._log_sums(FINE, pooled=False)
+
+    @cached_property
+    def middle(self) -> LogSums:
+        return self._log_sums(MIDDLE, pooled=False)
+
+    def _log_sums(self, size: int, pooled: bool = True) -> LogSums:
+        d, pool = self.query.shape[-1], query_pool(self.group) if pooled else 1
+        rows = (pooled_queries(self.query, self.group) if pooled else self.query).double()
+        unit = oracle.expand_heads(level_of(self.summaries, self.selector, size), self.heads)
+        if self.selector == "quest":
+            high, low = unit.split(d, -1)
+            score = rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT
+            unit = torch.maximum(high.abs(), low.abs())
+        else:
+            score = rows @ unit.mT
+        score = (self.factor * score).masked_fill(~self._visible(size, pool), -torch.inf)
+        per_block = BLOCK_KEYS // size
+        by_block = score.unflatten(-1, (score.shape[-1] // per_block, per_block))
+        return LogSums(torch.logsumexp(by_block, -1), self._error(rows, unit, pooled))
+
+    def _visible(self, size: int, pool: int) -> Tensor:
+        """[rows, units]: is the unit's last key at or before the row's last query?"""
+        r = self.ranges
+        first = torch.arange(0, ceil_div(r.kv_len, BLOCK_KEYS) * BLOCK_KEYS, size)
+        last = (first + size).clamp(max=r.kv_len) - 1
+        ends = torch.arange(pool, r.query_len + pool, pool).clamp(max=r.query_len) - 1
+        position = ends[:, None] + r.kv_len - r.query_len
+        seen = (first < r.kv_len) & torch.ones_like(position, dtype=torch.bool)
+        seen = seen & (last <= position) if r.causal else seen
+        return seen.to(r.device)
+
+    def _error(self, rows: Tensor, unit: Tensor, pooled: bool) -> float:
+        """Accumulation in float32, rounding of the exponential's argument, and pooled queries
+        that round the other way."""
+        if not rows.numel() or not unit.numel():
+            return 0.0
+        rows, unit = (t.abs().nan_to_num(posinf=0.0) for t in (rows, unit))
+        size = abs(self.factor) * float((rows @ unit.mT).amax())
+        if self.exact:
+            return 4 * oracle.EPS * size + SUM_ERROR
+        flip = 0.0
+        if pooled and self.query.dtype != torch.float32:
+            largest = float((rows.amax((0, 1, 2)) * unit.amax((0, 1, 2))).max())
+            flip = 4 * oracle.UNIT_ROUNDOFF[self.query.dtype] * abs(self.factor) * largest
+        return (2 * (rows.shape[-1] + 4) + 4) * oracle.EPS * size + flip + SUM_ERROR
+
+    # Masses of tiles: [B, Hkv, T, blocks].
+
+    def _of_tiles(self, per_row: Tensor, rows_per_tile: int) -> Tensor:
+        tiled = _runs(per_row, rows_per_tile).amax(3)
+        return tiled.unflatten(1, (self.heads // self.group, self.group)).amax(2)
+
+    @cached_property
+    def scanned(self) -> Tensor:
+        """Masses of the scan."""
+        pools = tile_positions(self.group) // query_pool(self.group)
+        return self._of_tiles(masses(self.scan_part, self.scan_whole), pools)
+
+    @property
+    def scan_error(self) -> float:
+        return self.scan_part.error + self.scan_whole.error
+
+    @property
+    def refinement_error(self) -> float:
+        return self.fine.error + self.middle.error
+
+    def refined(self, walked: Tensor) -> Tensor:
+        """Masses of the refinement when `walked` [B, Hkv, T, blocks] is W."""
+        counted = spread_to_rows(walked, self.heads, self.query.shape[2])
+        mass = masses(self.fine, self.middle, counted)
+        return self._of_tiles(mass, tile_positions(self.group))
+
+
+# ---- Lists ----
+
+
+def shortlist_width(budget: int) -> int:
+    return max(64, 2 * budget)
+
+
+def top_bounds(mass: Tensor, eligible: Tensor, width: int, error: float) -> tuple[Tensor, Tensor]:
+    """Blocks that are surely among the `width` heaviest, and those that may be.
+
+    Every mass may be off by the relative error.
     """
-    chosen = check_form(indices, counts, eligible, budget, hint)
-    heavy = mass.per_tile.clamp(min=TINY_MASS).masked_fill(~eligible, 0.0)
-    if budget and heavy.shape[-1] > budget:
-        kth = heavy.topk(budget, -1).values[..., -1:]
-        band = 1 + mass.tolerance
-        missing = eligible & ~chosen & (heavy > kth * band)
-        assert not missing.any(), f"a block of clearly larger mass was left out {hint}"
-        surplus = chosen & (heavy * band < kth)
-        assert not surplus.any(), f"a block of clearly smaller mass was taken {hint}"
+    heavy = mass.clamp(min=TINY_MASS).masked_fill(~eligible, 0.0)
+    ranked = pad(heavy, (0, width + 1)).topk(width + 1, -1).values
+    band = (1 + error) ** 2
+    possible = heavy * band >= ranked[..., width - 1 : width] if width else heavy < 0
+    return eligible & (heavy > ranked[..., width:] * band), eligible & possible
+
+
+def check_lists(scores: Scores, indices: Tensor, counts: Tensor, budget: int) -> Tensor:
+    """A right list by the definition, up to rounding; returns the chosen blocks as booleans."""
+    chosen = check_form(indices, counts, scores.eligible, budget)
+    if scores.selector == "block":
+        return _check_two_levels(scores, chosen, budget)
+    certain, possible = top_bounds(scores.scanned, scores.eligible, budget, scores.scan_error)
+    assert not (certain & ~chosen).any(), "a block of clearly larger mass was left out"
+    assert not (chosen & ~possible).any(), "a block of clearly smaller mass was taken"
     return chosen
 
 
-def check_form(
-    indices: Tensor, counts: Tensor, eligible: Tensor, budget: int, hint: str = ""
-) -> Tensor:
+def _check_two_levels(scores: Scores, chosen: Tensor, budget: int) -> Tensor:
+    certain, possible = shortlist_bounds(scores, chosen.shape, budget)
+    assert not (chosen & ~possible).any(), "a block was taken that cannot be on the shortlist"
+    one = scores.refined(certain | scores.beside)
+    other = scores.refined(possible | scores.beside)
+    band = 1 + scores.refinement_error
+    least = torch.minimum(one, other).clamp(min=TINY_MASS) / band
+    most = torch.maximum(one, other).clamp(min=TINY_MASS) * band
+    lightest_taken = torch.where(chosen, most, torch.inf)
+    lightest_taken = pad(lightest_taken, (0, 1), value=torch.inf).amin(-1, keepdim=True)
+    missing = certain & ~chosen & (least > lightest_taken)
+    assert not missing.any(), "a block of the shortlist is clearly heavier than one of the list"
+    return chosen
+
+
+def shortlist_bounds(scores: Scores, shape: torch.Size, budget: int) -> tuple[Tensor, Tensor]:
+    """Blocks that are surely on the shortlist, and those that may be."""
+    certain, possible = top_bounds(
+        scores.scanned, scores.eligible, shortlist_width(budget), scores.scan_error
+    )
+    return certain.expand(shape), possible.expand(shape)
+
+
+def check_form(indices: Tensor, counts: Tensor, eligible: Tensor, budget: int) -> Tensor:
     """Counts, order, padding and eligibility of lists; returns bool [B, Hkv, T, blocks]."""
-    assert indices.dtype == counts.dtype == torch.int32, hint
+    assert indices.dtype == counts.dtype == torch.int32
     tiles, blocks = eligible.shape
-    assert indices.shape == (*counts.shape, budget) and counts.shape[-1] == tiles, hint
+    assert indices.shape == (*counts.shape, budget) and counts.shape[-1] == tiles
     expected = eligible.sum(-1).clamp(max=budget).expand(counts.shape)
-    assert torch.equal(counts.long(), expected), f"wrong number of blocks {hint}"
+    assert torch.equal(counts.long(), expected), "wrong number of blocks"
     used = torch.arange(budget, device=indices.device) < counts[..., None]
-    assert (indices[~used] == -1).all(), f"lists are not padded with -1 {hint}"
-    assert ((indices >= 0) & (indices < blocks))[used].all(), f"block out of range {hint}"
+    assert (indices[~used] == -1).all(), "lists are not padded with -1"
+    assert ((indices >= 0) & (indices < blocks))[used].all(), "block out of range"
     rising = (indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]
-    assert rising.all(), f"lists do not ascend strictly {hint}"
+    assert rising.all(), "lists do not ascend strictly"
     slots = torch.where(used, indices, blocks).long()
     chosen = torch.zeros(*counts.shape, blocks + 1, dtype=torch.bool, device=indices.device)
     chosen = chosen.scatter_(-1, slots, True)[..., :blocks]
-    assert not (chosen & ~eligible).any(), f"a block is listed that is not eligible {hint}"
+    assert not (chosen & ~eligible).any(), "a block is listed that is not eligible"
     return chosen
 
 
 def expected_lists(mass: Tensor, eligible: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """The one right choice where masses are exact: bool chosen, and bool [...] "is it certain?".
 
-    Masses within 1e-9 of each other are ties (lower index first); a tile in which two masses
-    differ by more than that and less than 1e-5 is not certain.
+    Masses within 1e-9 of each other are ties (lower index first). Ones that differ by more than
+    that and less than 1e-5 may come in either order: a tile in which that could carry a block over
+    the edge of the list is not certain.
     """
     log_mass = mass.clamp(min=TINY_MASS).log().masked_fill(~eligible, -torch.inf)
     order = log_mass.sort(-1, descending=True)
     gap = (order.values[..., :-1] - order.values[..., 1:]).nan_to_num(0.0)
-    certain = ~((gap > 1e-9) & (gap < 1e-5)).any(-1)
-    level = torch.cat([torch.zeros_like(log_mass[..., :1]), (gap > 1e-9).double().cumsum(-1)], -1)
+    level = pad((gap > 1e-9).double().cumsum(-1), (1, 0))
     level_of_block = torch.zeros_like(level).scatter_(-1, order.indices, level)
     rank = level_of_block.argsort(dim=-1, stable=True).argsort(dim=-1)
+    certain = torch.ones(mass.shape[:-1], dtype=torch.bool, device=mass.device)
+    if 0 < budget < mass.shape[-1]:
+        # The gap below the level of the last block inside, and above it if it goes on outside.
+        last, first = level[..., budget - 1 : budget], level[..., budget : budget + 1]
+        edge = (level[..., :-1] == last) | ((last == first) & (level[..., 1:] == last))
+        certain = ~(edge & (gap > 1e-9) & (gap < 1e-5)).any(-1)
     return (rank < budget) & eligible, certain
+
+
+def expected_choice(scores: Scores, budget: int) -> tuple[Tensor, Tensor]:
+    """The one right choice where scores are exact, bool [B, Hkv, T, blocks], and "is it certain?".
+
+    What is certain of a tile is as in expected_lists.
+    """
+    if scores.selector != "block":
+        return expected_lists(scores.scanned, scores.eligible, budget)
+    shortlist, certain = expected_lists(scores.scanned, scores.eligible, shortlist_width(budget))
+    certain |= shortlist.sum(-1) == scores.eligible.sum(-1)
+    mass = scores.refined(shortlist | scores.beside)
+    chosen, certain_list = expected_lists(mass, shortlist, budget)
+    fits = scores.eligible.sum(-1) <= budget
+    return chosen, (certain & certain_list) | fits
 
 
 def expected_tokens(score: Tensor, candidates: Tensor, topk: int) -> Tensor:
@@ -185,12 +343,52 @@ def expected_tokens(score: Tensor, candidates: Tensor, topk: int) -> Tensor:
     return usable & (rank < topk)
 
 
-def estimated_omission(mass: Masses, chosen: Tensor, eligible: Tensor, query_len: int) -> Tensor:
-    """omitted_mass_estimate by the definition, [B, Hq, Lq] float64."""
-    heads = mass.per_pool.shape[1]
-    group = heads // chosen.shape[1]
-    kept = (chosen | ~eligible).repeat_interleave(group, 1)
-    i = torch.arange(query_len, device=chosen.device)
-    per_row = mass.per_pool[:, :, i // query_pool(group)]
-    left_out = torch.where(kept[:, :, i // tile_positions(group)], 0.0, per_row)
-    return left_out.sum(-1)
+# ---- Estimates ----
+
+
+def check_estimate(scores: Scores, estimate: Tensor, chosen: Tensor, budget: int) -> None:
+    """omitted_mass_estimate by the definition, up to rounding."""
+    least, most = estimated_omission(scores, chosen, budget)
+    assert estimate.dtype == torch.float32 and estimate.shape == least.shape
+    assert ((estimate >= 0) & (estimate <= 1)).all(), "omitted_mass_estimate outside [0, 1]"
+    error = scores.scan_error
+    if scores.selector == "block":
+        error = scores.fine.error + scores.scan_part.error
+    assert (estimate.double() >= least - error).all(), "omitted_mass_estimate is too small"
+    assert (estimate.double() <= most + error).all(), "omitted_mass_estimate is too large"
+
+
+def estimated_omission(scores: Scores, chosen: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """[B, Hq, Lq] float64, the least and the most that it may be: it is one number unless rounding
+    decides what is on the shortlist."""
+    heads, query_len = scores.heads, scores.query.shape[2]
+
+    def rows(per_tile: Tensor) -> Tensor:
+        return spread_to_rows(per_tile.expand(chosen.shape), heads, query_len)
+
+    left = rows(scores.eligible & ~chosen)
+    pool = torch.arange(query_len, device=chosen.device) // query_pool(scores.group)
+    coarse = scores.scan_part.by_block[:, :, pool].nan_to_num(-math.inf, math.inf, -math.inf)
+    if scores.selector != "block":
+        norm = torch.logsumexp(scores.scan_whole.by_block, -1)[:, :, pool]
+        share = _shares(coarse.masked_fill(~left, -torch.inf), norm)
+        return share, share
+    certain, possible = shortlist_bounds(scores, chosen.shape, budget)
+    fine = scores.fine.by_block.nan_to_num(-math.inf, math.inf, -math.inf)
+    rest = coarse + math.log(MIDDLE / FINE)
+    inside, outside = rows(certain | chosen | scores.beside), rows(~(possible | scores.beside))
+    least = torch.where(inside, fine, torch.where(outside, rest, torch.minimum(fine, rest)))
+    most = torch.where(inside, fine, torch.where(outside, rest, torch.maximum(fine, rest)))
+    kept = least.masked_fill(left, -torch.inf)
+    bounds = []
+    for terms in (least, most):
+        omitted = terms.masked_fill(~left, -torch.inf)
+        whole = torch.logsumexp(torch.cat([kept, omitted], -1), -1)
+        bounds.append(_shares(omitted, whole))
+    return bounds[0], bounds[1]
+
+
+def _shares(parts: Tensor, whole: Tensor) -> Tensor:
+    """exp(sum of the parts - whole), 0 where there is no whole."""
+    share = (torch.logsumexp(parts, -1) - whole).exp()
+    return torch.where(whole.isfinite(), share, 0.0)

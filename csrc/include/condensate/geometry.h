@@ -39,19 +39,52 @@ CONDENSATE_HOST_DEVICE int64_t num_tiles(int64_t query_len, int group) {
 }
 CONDENSATE_HOST_DEVICE int64_t num_blocks(int64_t kv_len) { return ceil_div(kv_len, kBlockKeys); }
 
-// Keys that one summary unit describes, units per block, and elements per unit.
-CONDENSATE_HOST_DEVICE int unit_keys(Selector selector) {
-    return selector == Selector::kBlock ? 4 : selector == Selector::kQuest ? 16 : kBlockKeys;
+// Summaries. A block of keys is described by summary rows, all of a block side by side, so that a
+// growing cache only appends. A row is a unit: the mean of a short run of keys (quest: its bounds).
+// `block` holds units of three sizes: 16 of 4 keys, then 4 of 16, then 1 of 64.
+struct UnitLevel {
+    int keys;       // that a unit describes
+    int per_block;  // units of a block
+    int first_row;  // of these units among the block's rows
+};
+constexpr UnitLevel kFineUnits = {4, 16, 0};
+constexpr UnitLevel kMiddleUnits = {16, 4, 16};
+constexpr UnitLevel kCoarseUnits = {64, 1, 20};
+constexpr UnitLevel kQuestUnits = {16, 4, 0};
+constexpr UnitLevel kMeanUnits = {64, 1, 0};
+
+CONDENSATE_HOST_DEVICE int rows_per_block(Selector selector) {
+    return selector == Selector::kBlock ? 21 : selector == Selector::kQuest ? 4 : 1;
 }
-CONDENSATE_HOST_DEVICE int units_per_block(Selector selector) {
-    return kBlockKeys / unit_keys(selector);
+CONDENSATE_HOST_DEVICE int64_t summary_rows(Selector selector, int64_t kv_len) {
+    return num_blocks(kv_len) * rows_per_block(selector);  // units past kv_len are zero
 }
-CONDENSATE_HOST_DEVICE int64_t summary_units(Selector selector, int64_t kv_len) {
-    return num_blocks(kv_len) * units_per_block(selector);  // units past kv_len are zero
+// Row of unit `unit` of a level, counted over all blocks.
+CONDENSATE_HOST_DEVICE int64_t summary_row(UnitLevel level, int rows_per_block, int64_t unit) {
+    return unit / level.per_block * rows_per_block + level.first_row + unit % level.per_block;
 }
 // Quest stores [max over the unit's keys | min over them]; the others a mean key.
 CONDENSATE_HOST_DEVICE int summary_dim(Selector selector, int head_dim) {
     return selector == Selector::kQuest ? 2 * head_dim : head_dim;
+}
+
+// The scan scores pooled queries against every visible unit: masses of `mass` units, in units of
+// the softmax sum over `norm` units. For `block` it makes a shortlist, which the refinement scores
+// again query by query, masses of fine units by the sum over middle ones; otherwise the list.
+struct ScoringLevels {
+    UnitLevel norm;
+    UnitLevel mass;
+};
+CONDENSATE_HOST_DEVICE ScoringLevels scan_levels(Selector selector) {
+    if (selector == Selector::kQuest) return {kQuestUnits, kQuestUnits};
+    if (selector == Selector::kMean) return {kMeanUnits, kMeanUnits};
+    return {kCoarseUnits, kMiddleUnits};
+}
+constexpr ScoringLevels kRefinementLevels = {kMiddleUnits, kFineUnits};
+
+// Blocks of a shortlist, at most, for lists of at most `max_blocks`.
+CONDENSATE_HOST_DEVICE int64_t shortlist_width(int64_t max_blocks) {
+    return max_i64(64, 2 * max_blocks);
 }
 
 // Absolute position of query i: bottom-right alignment. Negative when the query precedes all keys.

@@ -1,6 +1,6 @@
 // One plain struct of parameters per stage: every pointer with its shape and who may leave it null.
 // B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, Lq queries, Lk keys, D head_dim,
-// T = num_tiles(Lq, G), U = summary_units(selector, Lk), Ds = summary_dim(selector, D).
+// T = num_tiles(Lq, G), U = summary_rows(selector, Lk), Ds = summary_dim(selector, D).
 #pragma once
 
 #include <cstdint>
