@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Means of three sizes of unit from one read of the keys. A thread owns its channels of a block.
 template <class T, int kElems>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, 2)
     block_levels_kernel(BlockSummaryParams params, SummaryGrid grid) {
     using Chunk = Vec<T, kElems>;
     int block_in_cta = static_cast<int>(threadIdx.x) / grid.chunks;
