@@ -64,6 +64,7 @@ template <int kRows, int kDim, int kThreads, class RowAddress>
 __device__ __forceinline__ void gather_tile_async(uint32_t tile_smem, const void* any_gmem,
                                                   int head_dim, RowAddress&& row_gmem) {
     constexpr int kChunks = kDim / 8;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
         int row = i / kChunks, chunk = i % kChunks;
         const auto* src = chunk * 8 < head_dim ? row_gmem(row) : nullptr;

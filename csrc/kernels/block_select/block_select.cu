@@ -15,6 +15,10 @@ struct Call {
     const LaunchContext& context;
     Workspace workspace;
 
+    int tiles_per_head() const {
+        const Problem& p = params.problem;
+        return static_cast<int>(num_tiles(p.query_len, p.group()));
+    }
     template <class T>
     T* at(int64_t offset) const {
         return reinterpret_cast<T*>(static_cast<char*>(params.workspace) + offset);
@@ -25,8 +29,13 @@ template <class T, int kDim, Selector kSelector>
 Status scan(const Call& call) {
     using Traits = ScanTraits<T, kDim, kSelector>;
     const Workspace& w = call.workspace;
-    ScanOutput output = {call.params.block_indices, call.params.block_counts, w.width,
-                         call.at<uint32_t>(w.scratch), w.capacity};
+    ScanOutput output = {call.params.block_indices,
+                         call.params.block_counts,
+                         w.width,
+                         call.at<uint32_t>(w.scratch),
+                         w.capacity,
+                         call.tiles_per_head(),
+                         static_cast<int>(scan_items(call.params.problem))};
     if (Traits::kShortlists) {
         output.indices = call.at<int32_t>(w.indices);
         output.counts = call.at<int32_t>(w.counts);
@@ -40,8 +49,10 @@ template <class T, int kDim, int kMTiles>
 Status refine(const Call& call) {
     using Traits = RowTraits<T, kDim, kMTiles>;
     const Workspace& w = call.workspace;
-    Shortlists shortlists = {call.at<int32_t>(w.indices), call.at<int32_t>(w.counts),
-                             static_cast<int>(w.width), call.at<uint32_t>(w.scratch)};
+    Shortlists shortlists = {
+        call.at<int32_t>(w.indices), call.at<int32_t>(w.counts),
+        static_cast<int>(w.width),   call.at<uint32_t>(w.scratch),
+        call.tiles_per_head(),       static_cast<int>(all_tiles(call.params.problem))};
     return launch(block_refine_kernel<Traits>, "block_refine_sm80",
                   {refine_ctas(call.params, call.context.sm_count)}, kThreads,
                   sizeof(RefineSmem<Traits>), call.context, call.params, shortlists);
@@ -83,6 +94,8 @@ int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int s
 }
 
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context) {
+    const int64_t tiles = all_tiles(params.problem);
+    if (tiles > kMaxGridX) return unsupported("block_select_sm80", "tiles", tiles, kMaxGridX);
     const Call call = {params, context, Workspace(params, context.sm_count)};
     return params.problem.dtype == DType::kFloat16 ? choose_dim<__half>(call)
                                                    : choose_dim<__nv_bfloat16>(call);

@@ -16,6 +16,8 @@ struct Shortlists {
     const int32_t* counts;   // [tiles of all heads]
     int width;
     uint32_t* masses;  // per resident CTA: [warp][width]
+    int tiles_per_head;
+    int tiles;
 };
 
 // The existing rows of a tile without gaps: row r is query r % positions of head r / positions.
@@ -38,9 +40,10 @@ template <class Traits>
 struct RefineSmem : Traits::Smem {
     RefinedRows tile;
     EligibleBlocks eligible;
-    WalkedBlocks walked;  // its list is the shortlist
-    int count;            // of the shortlist
-    uint32_t* masses;     // of the shortlist, [warp][width]
+    WalkedBlocks walked;                  // its list is the shortlist
+    const typename Traits::T* summaries;  // of the KV head
+    int count;                            // of the shortlist
+    uint32_t* masses;                     // of the shortlist, [warp][width]
     int width;
 
     __device__ int32_t* list(const BlockSelectParams& params) const {
@@ -56,52 +59,56 @@ struct TileRefinement {
 
     RefineSmem<Traits>& smem;
     const BlockSelectParams& params;
-    const T* summaries;  // of the KV head
-    bool has_rows;       // this warp
     float scale_log2;
     HeldRows<Traits> rows;
 
     // Scores units of blocks block_at(0 .. count - 1), ascending, chunk by chunk:
-    // body(scores, place of the chunk's first block). Scores past the last block are dropped.
+    // body(scores, place of the chunk's first block, blocks). Lane l of `blocks` names the chunk's
+    // l-th block, -1 past the last; scores there are dropped.
     template <int kBlockUnits, class BlockAt, class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, int count, BlockAt&& block_at,
                                           Body&& body) {
         using Shape = CopyShape<Traits>;
         using Layout = ChunkLayout<kBlockUnits>;
+        constexpr unsigned kAll = 0xffffffffu;
         const Ranges ranges = params.problem.ranges();
         const int dim = static_cast<int>(params.problem.head_dim);
         const int stride = rows_per_block(Selector::kBlock) * dim;
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
-        const T* lane_gmem =
-            summaries + (level.first_row + Shape::unit() % kBlockUnits) * dim + Shape::channel();
+        auto blocks_from = [&](int first) {
+            int lane = threadIdx.x & 31;
+            return lane < Layout::kBlocks && first + lane < count ? block_at(first + lane) : -1;
+        };
         auto load = [&](int step, int stage) {
+            const int blocks = blocks_from(step * Layout::kBlocks);
+            const T* lane_gmem = smem.summaries + Shape::channel() +
+                                 (level.first_row + Shape::unit() % kBlockUnits) * dim;
             copy_chunk_async<Traits, kBlockUnits>(
                 ptx::smem_address(smem.stages[stage]), [&](int pass) {
                     // A pass holds whole blocks or lies in one.
-                    constexpr int kPassUnits = Shape::kPassUnits;
-                    int place = step * Layout::kBlocks + Shape::unit() / kBlockUnits +
-                                pass * kPassUnits / kBlockUnits;
-                    bool exists = place < count && Shape::channel() < dim;
-                    int64_t block = exists ? block_at(place) : 0;
-                    return UnitSource<T>{
-                        lane_gmem + block * stride + pass * kPassUnits % kBlockUnits * dim, exists};
+                    const int first_unit = pass * Shape::kPassUnits;
+                    int block = __shfl_sync(kAll, blocks,
+                                            Shape::unit() / kBlockUnits + first_unit / kBlockUnits);
+                    bool exists = block >= 0 && Shape::channel() < dim;
+                    return UnitSource<T>{lane_gmem + int64_t{max(block, 0)} * stride +
+                                             first_unit % kBlockUnits * dim,
+                                         exists};
                 });
         };
         auto score = [&](int step, int stage) {
-            if (!has_rows) return;
+            if (static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.tile.rows) return;
             const int first = step * Layout::kBlocks;
-            const int last = min(first + Layout::kBlocks, count) - 1;
-            const bool all_seen = last == first + Layout::kBlocks - 1 &&
-                                  (block_at(last) + 1) * kBlockUnits <= seen_by_all;
+            const int blocks = blocks_from(first);
+            const int last = __shfl_sync(kAll, blocks, Layout::kBlocks - 1);
             Scores s;
             rows.score(s, stage);
-            if (!all_seen) {
+            if (last < 0 || (last + 1) * kBlockUnits > seen_by_all) {
                 rows.template mask<kBlockUnits>(s, ranges, level.keys, [&](int v) {
-                    int place = first + Layout::block(v);
-                    return place < count ? block_at(place) * kBlockUnits : INT_MAX - kBlockUnits;
+                    int block = __shfl_sync(kAll, blocks, Layout::block(v));
+                    return block < 0 ? INT_MAX - kBlockUnits : block * kBlockUnits;
                 });
             }
-            body(s, first);
+            body(s, first, blocks);
         };
         pipeline<Traits>((count + Layout::kBlocks - 1) / Layout::kBlocks, load, score);
     }
@@ -110,7 +117,7 @@ struct TileRefinement {
         device::OnlineSoftmax<kMTiles> softmax;
         sweep<kRefinementLevels.norm.per_block>(
             kRefinementLevels.norm, smem.walked.size, [&](int i) { return smem.walked.at(i); },
-            [&](Scores& s, int) {
+            [&](Scores& s, int, int) {
                 float rescale[kMTiles][2];
                 softmax.raise(s, scale_log2, rescale);
                 softmax.weigh(s, scale_log2);
@@ -123,7 +130,7 @@ struct TileRefinement {
         const int lane = threadIdx.x & 31;
         sweep<kRefinementLevels.mass.per_block>(
             kRefinementLevels.mass, smem.count, [&](int i) { return __ldg(smem.walked.list + i); },
-            [&](Scores& s, int first) {
+            [&](Scores& s, int first, int) {
                 rows.weigh(s, scale_log2);
                 float mass[1];
                 tile_masses<kRefinementLevels.mass.per_block>(mass, s);
@@ -141,7 +148,7 @@ struct TileRefinement {
         float omitted[kMTiles][2] = {};
         sweep<kRefinementLevels.mass.per_block>(
             kRefinementLevels.mass, smem.walked.size, [&](int i) { return smem.walked.at(i); },
-            [&](Scores& s, int first) {
+            [&](Scores& s, int, int blocks) {
                 float rescale[kMTiles][2];
                 if (softmax.raise(s, scale_log2, rescale)) {
 #pragma unroll
@@ -150,8 +157,7 @@ struct TileRefinement {
                         for (int half = 0; half < 2; ++half) omitted[m][half] *= rescale[m][half];
                 }
                 softmax.weigh(s, scale_log2);
-                const int place = first + ChunkLayout<kRefinementLevels.mass.per_block>::block(0);
-                const int block = place < smem.walked.size ? smem.walked.at(place) : INT_MAX;
+                const int block = __shfl_sync(0xffffffffu, blocks, threadIdx.x & 3);
                 const bool counts =
                     smem.eligible.contains(block) && !is_listed(list, list_count, block);
                 for_each_block<kRefinementLevels.mass.per_block>(
@@ -232,10 +238,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
     const Problem& problem = params.problem;
     const Ranges ranges = problem.ranges();
     const int warp = threadIdx.x / 32;
-    const int64_t tiles =
-        problem.batch * problem.kv_heads * num_tiles(problem.query_len, problem.group());
-
-    for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
+    for (int index = blockIdx.x; index < shortlists.tiles; index += gridDim.x) {
         const auto tile = device::TileRows::from_index(problem, index);
         const RefinedRows refined(tile);
         const EligibleBlocks eligible(ranges, tile.span());
@@ -262,6 +265,9 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
             smem.tile = refined;
             smem.eligible = eligible;
             smem.walked = walked;
+            smem.summaries = static_cast<const T*>(params.summaries) +
+                             index / shortlists.tiles_per_head *
+                                 summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
             smem.count = count;
             smem.width = shortlists.width;
             smem.masses = shortlists.masses + int64_t{blockIdx.x} * kWarps * shortlists.width;
@@ -269,15 +275,8 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
         ptx::cp_async_wait<0>();
         __syncthreads();  // the rows have landed
 
-        TileRefinement<Traits> refinement{
-            smem,
-            params,
-            static_cast<const T*>(params.summaries) +
-                index / num_tiles(problem.query_len, problem.group()) *
-                    summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim,
-            warp * Traits::kWarpRows < refined.rows,
-            problem.scale * 1.44269504088896341f,
-            HeldRows<Traits>(smem)};
+        TileRefinement<Traits> refinement{smem, params, problem.scale * 1.44269504088896341f,
+                                          HeldRows<Traits>(smem)};
         refinement.rows.hold([&](int row) {
             return row < refined.rows ? static_cast<int>(query_position(
                                             refined.query(row), problem.query_len, problem.kv_len))

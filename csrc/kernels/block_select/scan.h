@@ -17,6 +17,8 @@ struct ScanOutput {
     int64_t width;
     uint32_t* candidates;  // per resident warp: capacity masses, capacity blocks
     int64_t capacity;
+    int tiles_per_head;
+    int items;  // of four tiles
 };
 
 // Entries of an ascending list as bits of consecutive ranges of at most 64 blocks.
@@ -51,14 +53,18 @@ struct TileState {
     EligibleBlocks eligible;
     TopBlocks::Window window;
     int32_t* list;
+    int blocks;  // that the tile reaches; 0: nothing to score
+    int item;    // of the CTA
 };
 
 template <class Traits>
 struct ScanSmem : Traits::Smem {
     TileState tile[kWarps];
+    const typename Traits::T* summaries;  // of the KV head
+    int blocks;                           // that some tile of the CTA reaches
 };
 
-// A warp's work on one tile. The members that take part in loading are the CTA's.
+// A warp's work on one tile.
 template <class Traits>
 struct TileScan {
     using T = typename Traits::T;
@@ -68,9 +74,6 @@ struct TileScan {
 
     ScanSmem<Traits>& smem;
     const BlockSelectParams& params;
-    const T* summaries;  // of the KV head
-    int cta_blocks;      // that some tile of the CTA reaches
-    int tile_blocks;     // that this warp's tile reaches; 0: nothing to score
     float scale_log2;
     HeldRows<Traits> rows;
 
@@ -81,7 +84,7 @@ struct TileScan {
     __device__ __forceinline__ void sweep(UnitLevel level, Body&& body) {
         const Ranges ranges = params.problem.ranges();
         const int dim = summary_dim(Traits::kSelector, static_cast<int>(params.problem.head_dim));
-        const LevelStream<Traits> stream(summaries, level, rows_per_block(Traits::kSelector),
+        const LevelStream<Traits> stream(smem.summaries, level, rows_per_block(Traits::kSelector),
                                          static_cast<int>(num_blocks(ranges.kv_len)), dim);
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         const int chunk_blocks = kChunkUnits / level.per_block;
@@ -90,7 +93,7 @@ struct TileScan {
         };
         auto score = [&](int step, int stage) {
             const int first_block = step * chunk_blocks, first_unit = step * kChunkUnits;
-            if (first_block >= tile_blocks) return;
+            if (first_block >= state().blocks) return;
             Scores s;
             rows.score(s, stage);
             if (first_unit + kChunkUnits > seen_by_all) {
@@ -100,7 +103,7 @@ struct TileScan {
             }
             body(s, first_block);
         };
-        pipeline<Traits>((cta_blocks + chunk_blocks - 1) / chunk_blocks, load, score);
+        pipeline<Traits>((smem.blocks + chunk_blocks - 1) / chunk_blocks, load, score);
     }
 
     __device__ __forceinline__ void find_norm() {
@@ -183,7 +186,7 @@ __device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
     } else {
         sum_outside(outside, listed, [&](int block) { return !state().eligible.contains(block); });
     }
-    if (tile_blocks == 0) return;
+    if (state().blocks == 0) return;
     write_estimates(params, state().tile, [&](int m, int half) {
         float sum = outside[m][half];
         if constexpr (!Traits::kShortlists) return fminf(sum, 1.0f);
@@ -191,35 +194,39 @@ __device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
     });
 }
 
-// Prepares the warp's tile. Returns whether it must be scored; if not, its list is complete.
+// Prepares the warp's tile, if there is one. Returns whether it must be scored; if not, its list is
+// complete.
 template <class Traits>
-__device__ __forceinline__ bool begin_tile(ScanSmem<Traits>& smem, const BlockSelectParams& params,
-                                           const ScanOutput& output, const device::TileRows& tile) {
-    const int warp = threadIdx.x / 32;
+__device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSelectParams& params,
+                                           const ScanOutput& output, const device::TileRows& tile,
+                                           bool exists, int item) {
+    const int lane = threadIdx.x & 31;
     const EligibleBlocks eligible(params.problem.ranges(), tile.span());
     int32_t* list = output.indices + tile.tile_index * output.width;
-    if (eligible.count() <= output.width) {
+    const bool scores = exists && eligible.count() > output.width;
+    __syncwarp();  // nobody reads the previous tile's state any more
+    if (lane == 0) {
+        int64_t resident_warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+        uint32_t* masses = output.candidates + resident_warp * 2 * output.capacity;
+        int capacity = static_cast<int>(output.capacity);
+        state_smem = {tile,
+                      eligible,
+                      {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity,
+                       static_cast<int>(output.width)},
+                      list,
+                      scores ? reachable_blocks(params.problem.ranges(), tile.span()) : 0,
+                      item};
+    }
+    __syncwarp();
+    if (exists && !scores) {
         write_all(eligible, list, output.width);
-        if ((threadIdx.x & 31) == 0) output.counts[tile.tile_index] = eligible.count();
+        if (lane == 0) output.counts[tile.tile_index] = eligible.count();
         if (params.omitted_mass_estimate) {
             float nothing = Traits::kShortlists ? -INFINITY : 0.0f;
             write_estimates(params, tile, [&](int, int) { return nothing; });
         }
-        return false;
     }
-    __syncwarp();  // nobody reads the previous tile's state any more
-    if ((threadIdx.x & 31) == 0) {
-        uint32_t* masses =
-            output.candidates + (int64_t{blockIdx.x} * kWarps + warp) * 2 * output.capacity;
-        int capacity = static_cast<int>(output.capacity);
-        smem.tile[warp] = {tile,
-                           eligible,
-                           {masses, reinterpret_cast<int32_t*>(masses + capacity),
-                            smem.histogram[warp], capacity, static_cast<int>(output.width)},
-                           list};
-    }
-    __syncwarp();
-    return true;
+    return scores;
 }
 
 // Work item = four consecutive tiles of a KV head; items run longest first within a head.
@@ -232,31 +239,28 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
     auto& smem = *reinterpret_cast<ScanSmem<Traits>*>(smem_bytes);
 
     const Problem& problem = params.problem;
-    const Ranges ranges = problem.ranges();
     const int warp = threadIdx.x / 32;
-    const int tiles = static_cast<int>(num_tiles(problem.query_len, problem.group()));
+    const int tiles = output.tiles_per_head;
     const int items_per_head = (tiles + kWarps - 1) / kWarps;
-    const int64_t items = problem.batch * problem.kv_heads * items_per_head;
 
-    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-        const int64_t head = item / items_per_head;
-        const int first_tile =
-            (items_per_head - 1 - static_cast<int>(item % items_per_head)) * kWarps;
+    for (int item = blockIdx.x; item < output.items;
+         item = smem.tile[warp].item + static_cast<int>(gridDim.x)) {
+        const int head = item / items_per_head;
+        const int first_tile = (items_per_head - 1 - item % items_per_head) * kWarps;
         const bool exists = first_tile + warp < tiles;
         const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
-        const bool scores = exists && begin_tile<Traits>(smem, params, output, tile);
+        const bool scores = begin_tile<Traits>(smem.tile[warp], params, output, tile, exists, item);
         if (!__syncthreads_or(scores)) continue;
 
-        const int dim = summary_dim(Traits::kSelector, static_cast<int>(problem.head_dim));
-        TileSpan last_span = tile_span(min(first_tile + kWarps, tiles) - 1, tile.positions,
-                                       problem.query_len, problem.kv_len);
-        TileScan<Traits> scan{smem,
-                              params,
-                              static_cast<const T*>(params.summaries) +
-                                  head * summary_rows(Traits::kSelector, problem.kv_len) * dim,
-                              reachable_blocks(ranges, last_span),
-                              scores ? reachable_blocks(ranges, tile.span()) : 0,
-                              problem.scale * 1.44269504088896341f,
+        if (threadIdx.x == 0) {
+            int dim = summary_dim(Traits::kSelector, static_cast<int>(problem.head_dim));
+            smem.summaries = static_cast<const T*>(params.summaries) +
+                             head * summary_rows(Traits::kSelector, problem.kv_len) * dim;
+            TileSpan last = tile_span(min(first_tile + kWarps, tiles) - 1, tile.positions,
+                                      problem.query_len, problem.kv_len);
+            smem.blocks = reachable_blocks(problem.ranges(), last);
+        }
+        TileScan<Traits> scan{smem, params, problem.scale * 1.44269504088896341f,
                               HeldRows<Traits>(smem)};
         const PooledRows pooled(tile);
         load_pooled_queries<Traits>(ptx::smem_address(smem.stages), params, tile, pooled);
@@ -271,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
         scan.find_norm();
         int count = 0;
         if (output.width > 0) {
-            TopBlocks top(smem.tile[warp].window);
+            TopBlocks top(smem.tile[warp].window, smem.histogram[warp]);
             scan.find_top(top);
             if (scores) count = top.store(smem.tile[warp].list, output.width);
         }

@@ -110,15 +110,16 @@ struct TopBlocks {
     struct Window {
         uint32_t* masses;  // [capacity]
         int32_t* blocks;   // [capacity], ascending
-        uint32_t* histogram_smem;
         int capacity, keep;
     };
 
     const Window& window;
+    uint32_t* histogram_smem;
     int count = 0;
     uint32_t least = 0;  // mass that a later block needs
 
-    __device__ explicit TopBlocks(const Window& window) : window(window) {}
+    __device__ TopBlocks(const Window& window, uint32_t* histogram_smem)
+        : window(window), histogram_smem(histogram_smem) {}
 
     CONDENSATE_HOST_DEVICE static int64_t capacity_for(int64_t keep) {
         return ceil_div(keep + max_i64(keep, 192), 32) * 32;
@@ -142,7 +143,7 @@ struct TopBlocks {
         if (count <= window.capacity - kMostAdded) return;
         const Window w = window;
         __syncwarp();  // what was added is written
-        Threshold threshold = radix_threshold(w.masses, count, w.keep, w.histogram_smem);
+        Threshold threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);
         count = write_list(w.masses, w.blocks, count, threshold, w.blocks, w.masses);
         least = threshold.mass + 1;  // later blocks lose ties
     }
@@ -151,7 +152,7 @@ struct TopBlocks {
         const Window w = window;
         __syncwarp();                        // what was added is written
         Threshold threshold = {0, INT_MAX};  // takes all
-        if (count > w.keep) threshold = radix_threshold(w.masses, count, w.keep, w.histogram_smem);
+        if (count > w.keep) threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);
         int taken = write_list(w.masses, w.blocks, count, threshold, list, nullptr);
         pad_list(list, taken, width);
         return taken;

@@ -16,7 +16,7 @@ constexpr int kRadixBins = 256;
 constexpr int kNoRow = INT_MIN;
 
 // Persistent CTAs per multiprocessor; each owns scratch in the workspace.
-constexpr int ctas_per_sm(int dim) { return dim <= 128 ? 2 : 2; }
+constexpr int ctas_per_sm(int dim) { return dim <= 128 ? 3 : 2; }
 
 template <class T_, int kDim_, int kMTiles_>
 struct RowTraits {
@@ -26,7 +26,7 @@ struct RowTraits {
     static constexpr int kWarpRows = 16 * kMTiles;
     static constexpr int kRows = kWarps * kWarpRows;
     static constexpr int kNTiles = kChunkUnits / 8;
-    static constexpr int kStages = kDim <= 128 ? 3 : 2;
+    static constexpr int kStages = kDim <= 128 ? 4 : 2;
     static constexpr int kCtasPerSm = ctas_per_sm(kDim);
 
     // What is read once a chunk or less lies here, to leave registers to queries and scores.

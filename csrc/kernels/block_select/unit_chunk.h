@@ -105,16 +105,14 @@ __device__ __forceinline__ void pipeline(int steps, Load&& load, Body&& body) {
         if (step < steps) load(step, step);
         ptx::cp_async_commit();
     }
-    int stage = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         ptx::cp_async_wait<kStages - 2>();
-        __syncthreads();  // this chunk has landed; nobody reads the stage before it any more
-        if (step + kStages - 1 < steps)
-            load(step + kStages - 1, stage == 0 ? kStages - 1 : stage - 1);
+        __syncthreads();  // this chunk has landed; nobody reads the one before it any more
+        const int ahead = step + kStages - 1;
+        if (ahead < steps) load(ahead, ahead % kStages);
         ptx::cp_async_commit();
-        body(step, stage);
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        body(step, step % kStages);
     }
     __syncthreads();
 }

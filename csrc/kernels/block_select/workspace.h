@@ -9,12 +9,15 @@ namespace condensate::kernels::block_select {
 inline int64_t all_tiles(const Problem& p) {
     return p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
 }
-// Persistent CTAs of the scan, four tiles each, and of the refinement.
+// Four tiles of a KV head, a warp each.
+inline int64_t scan_items(const Problem& p) {
+    return p.batch * p.kv_heads * ceil_div(num_tiles(p.query_len, p.group()), kWarps);
+}
+// Persistent CTAs of the scan and of the refinement.
 inline int64_t scan_ctas(const BlockSelectParams& params, int sm_count) {
     const Problem& p = params.problem;
     int dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
-    int64_t items = p.batch * p.kv_heads * ceil_div(num_tiles(p.query_len, p.group()), kWarps);
-    return min_i64(items, int64_t{sm_count} * ctas_per_sm(dim));
+    return min_i64(scan_items(p), int64_t{sm_count} * ctas_per_sm(dim));
 }
 inline int64_t refine_ctas(const BlockSelectParams& params, int sm_count) {
     int dim = static_cast<int>(params.problem.head_dim);
