@@ -1,5 +1,6 @@
 // Chooses the instantiations of scan and refinement: element type, padded dimension, selector,
 // rows.
+#include "kernels/block_select/estimate.h"
 #include "kernels/block_select/refine.h"
 #include "kernels/block_select/scan.h"
 #include "kernels/block_select/workspace.h"
@@ -9,6 +10,8 @@ namespace condensate::kernels {
 namespace {
 
 using namespace block_select;
+
+constexpr int64_t kMostTiles = int64_t{1} << 30;  // the kernels count them in int
 
 struct Call {
     const BlockSelectParams& params;
@@ -49,13 +52,16 @@ template <class T, int kDim, int kMTiles>
 Status refine(const Call& call) {
     using Traits = RowTraits<T, kDim, kMTiles>;
     const Workspace& w = call.workspace;
-    Shortlists shortlists = {
-        call.at<int32_t>(w.indices), call.at<int32_t>(w.counts),
-        static_cast<int>(w.width),   call.at<uint32_t>(w.scratch),
-        call.tiles_per_head(),       static_cast<int>(all_tiles(call.params.problem))};
-    return launch(block_refine_kernel<Traits>, "block_refine_sm80",
-                  {refine_ctas(call.params, call.context.sm_count)}, kThreads,
-                  sizeof(RefineSmem<Traits>), call.context, call.params, shortlists);
+    const int64_t tiles = all_tiles(call.params.problem);
+    const Shortlists shortlists = {call.at<int32_t>(w.indices), call.at<int32_t>(w.counts),
+                                   static_cast<int>(w.width)};
+    Status status = launch(block_refine_kernel<Traits>, "block_refine_sm80",
+                           {refine_ctas(call.params, call.context.sm_count)}, kThreads,
+                           sizeof(RefinedSmem<Traits>), call.context, call.params, shortlists,
+                           call.at<uint32_t>(w.scratch), static_cast<int>(tiles));
+    if (!status.ok() || !call.params.omitted_mass_estimate) return status;
+    return launch(block_estimate_kernel<Traits>, "block_estimate_sm80", {tiles}, kThreads,
+                  sizeof(RefinedSmem<Traits>), call.context, call.params, shortlists);
 }
 
 template <class T, int kDim>
@@ -95,7 +101,7 @@ int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int s
 
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context) {
     const int64_t tiles = all_tiles(params.problem);
-    if (tiles > kMaxGridX) return unsupported("block_select_sm80", "tiles", tiles, kMaxGridX);
+    if (tiles > kMostTiles) return unsupported("block_select_sm80", "tiles", tiles, kMostTiles);
     const Call call = {params, context, Workspace(params, context.sm_count)};
     return params.problem.dtype == DType::kFloat16 ? choose_dim<__half>(call)
                                                    : choose_dim<__nv_bfloat16>(call);

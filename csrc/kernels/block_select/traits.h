@@ -15,8 +15,12 @@ constexpr int kChunkUnits = 64;  // units of one pipeline step
 constexpr int kRadixBins = 256;
 constexpr int kNoRow = INT_MIN;
 
-// Persistent CTAs per multiprocessor; each owns scratch in the workspace.
-constexpr int ctas_per_sm(int dim) { return dim <= 128 ? 3 : 2; }
+// Persistent CTAs per multiprocessor; each owns scratch in the workspace. Three where 168 registers
+// hold a thread's queries and scores.
+constexpr int scan_ctas_per_sm(Selector selector, int dim) {
+    return dim <= 64 || (dim <= 128 && selector == Selector::kBlock) ? 3 : 2;
+}
+constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? 3 : 2; }
 
 template <class T_, int kDim_, int kMTiles_>
 struct RowTraits {
@@ -27,7 +31,6 @@ struct RowTraits {
     static constexpr int kRows = kWarps * kWarpRows;
     static constexpr int kNTiles = kChunkUnits / 8;
     static constexpr int kStages = kDim <= 128 ? 4 : 2;
-    static constexpr int kCtasPerSm = ctas_per_sm(kDim);
 
     // What is read once a chunk or less lies here, to leave registers to queries and scores.
     struct alignas(128) Smem {
@@ -45,6 +48,7 @@ struct RowTraits {
 template <class T, int kDim, Selector kSelector_>
 struct ScanTraits : RowTraits<T, kDim, 2> {
     static constexpr Selector kSelector = kSelector_;
+    static constexpr int kCtasPerSm = scan_ctas_per_sm(kSelector, kDim);
     static constexpr bool kShortlists = kSelector == Selector::kBlock;  // else it makes the lists
     // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
     static constexpr int kBlockUnits =

@@ -17,11 +17,11 @@ inline int64_t scan_items(const Problem& p) {
 inline int64_t scan_ctas(const BlockSelectParams& params, int sm_count) {
     const Problem& p = params.problem;
     int dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
-    return min_i64(scan_items(p), int64_t{sm_count} * ctas_per_sm(dim));
+    return min_i64(scan_items(p), int64_t{sm_count} * scan_ctas_per_sm(params.selector, dim));
 }
 inline int64_t refine_ctas(const BlockSelectParams& params, int sm_count) {
     int dim = static_cast<int>(params.problem.head_dim);
-    return min_i64(all_tiles(params.problem), int64_t{sm_count} * ctas_per_sm(dim));
+    return min_i64(all_tiles(params.problem), int64_t{sm_count} * refine_ctas_per_sm(dim));
 }
 
 // Offsets in bytes. `block`: shortlists and their counts; then the scan's candidates, which the
