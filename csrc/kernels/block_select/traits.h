@@ -16,11 +16,16 @@ constexpr int kRadixBins = 256;
 constexpr int kNoRow = INT_MIN;
 
 // Persistent CTAs per multiprocessor; each owns scratch in the workspace. Three where 168 registers
-// hold a thread's queries and scores.
+// hold a thread's queries and scores, and there is shared memory for three.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostCtasPerSm = 2;
+#else
+constexpr int kMostCtasPerSm = 3;
+#endif
 constexpr int scan_ctas_per_sm(Selector selector, int dim) {
-    return dim <= 64 || (dim <= 128 && selector == Selector::kBlock) ? 3 : 2;
+    return dim <= 64 || (dim <= 128 && selector == Selector::kBlock) ? kMostCtasPerSm : 2;
 }
-constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? 3 : 2; }
+constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostCtasPerSm : 2; }
 
 template <class T_, int kDim_, int kMTiles_>
 struct RowTraits {

@@ -13,7 +13,7 @@ inline int64_t all_tiles(const Problem& p) {
 inline int64_t scan_items(const Problem& p) {
     return p.batch * p.kv_heads * ceil_div(num_tiles(p.query_len, p.group()), kWarps);
 }
-// Persistent CTAs of the scan and of the refinement.
+// Persistent CTAs of the scan and of the refinement, at most.
 inline int64_t scan_ctas(const BlockSelectParams& params, int sm_count) {
     const Problem& p = params.problem;
     int dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
