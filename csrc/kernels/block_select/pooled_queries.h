@@ -43,7 +43,27 @@ __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_posit
     return last_position < 0 ? 0 : static_cast<int>((last_position + 1) / unit_keys);
 }
 
-// One warp fills its kRows x kDim tile. Quest's bound is a dot product of [max(q,0) | min(q,0)]
+// Sum of the existing queries of a pool over 8 channels, in float32; all loads are in flight.
+template <class T>
+__device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64_t stride,
+                                            int size) {
+    uint4 packed[kQueryPool];
+#pragma unroll
+    for (int q = 0; q < kQueryPool; ++q) {
+        packed[q] = {};
+        if (q < size) packed[q] = __ldg(reinterpret_cast<const uint4*>(src + q * stride));
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[e] = 0.0f;
+#pragma unroll
+    for (int q = 0; q < kQueryPool; ++q) {
+        const T* elements = reinterpret_cast<const T*>(&packed[q]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum[e] += static_cast<float>(elements[e]);
+    }
+}
+
+// Each warp fills its 32 rows of a tile. Quest's bound is a dot product of [max(q,0) | min(q,0)]
 // with [max | min], so its queries take two halves.
 template <class Traits>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
@@ -52,34 +72,32 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const PooledRows& pooled) {
     using T = typename Traits::T;
     constexpr int kChunks = Traits::kDim / 8;
-    const bool quest = params.selector == Selector::kQuest;
+    constexpr bool kQuest = Traits::kSelector == Selector::kQuest;
     const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
-    const int summary_chunks = quest ? 2 * query_chunks : query_chunks;
-    for (int i = threadIdx.x & 31; i < Traits::kRows * kChunks; i += 32) {
-        int row = i / kChunks, chunk = i % kChunks;
+    const int summary_chunks = kQuest ? 2 * query_chunks : query_chunks;
+#pragma unroll 2
+    for (int i = threadIdx.x & 31; i < Traits::kWarpRows * kChunks; i += 32) {
+        int row = i / kChunks, warp_row = threadIdx.x / 32 * Traits::kWarpRows, chunk = i % kChunks;
+        bool low_half = kQuest && chunk >= query_chunks;
         int size = chunk < summary_chunks ? pooled.size(tile, row) : 0;
-        float mean[8] = {};
+        const T* src = static_cast<const T*>(params.query.data);
         if (size > 0) {
-            const T* src = static_cast<const T*>(params.query.data) +
-                           device::head_offset(params.query, tile.batch, pooled.head(tile, row)) +
-                           pooled.first_query(tile, row) * params.query.stride_seq +
-                           (chunk % query_chunks) * 8;
-            for (int q = 0; q < size; ++q) {
-                uint4 packed = *reinterpret_cast<const uint4*>(src + q * params.query.stride_seq);
-                const T* elements = reinterpret_cast<const T*>(&packed);
+            src += device::head_offset(params.query, tile.batch, pooled.head(tile, row)) +
+                   pooled.first_query(tile, row) * params.query.stride_seq +
+                   (low_half ? chunk - query_chunks : chunk) * 8;
+        }
+        float mean[8];
+        sum_queries(mean, src, params.query.stride_seq, size);
+        float existing = static_cast<float>(max(size, 1));
 #pragma unroll
-                for (int e = 0; e < 8; ++e) mean[e] += static_cast<float>(elements[e]);
-            }
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                mean[e] = static_cast<float>(static_cast<T>(mean[e] / size));
-                if (quest)
-                    mean[e] = chunk < query_chunks ? fmaxf(mean[e], 0.0f) : fminf(mean[e], 0.0f);
-            }
+        for (int e = 0; e < 8; ++e) {
+            mean[e] = static_cast<float>(static_cast<T>(mean[e] / existing));
+            if (kQuest) mean[e] = low_half ? fminf(mean[e], 0.0f) : fmaxf(mean[e], 0.0f);
         }
         uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
                         device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
-        ptx::store_smem_16(tile_smem + device::tile_offset<Traits::kDim>(row, chunk), packed);
+        ptx::store_smem_16(tile_smem + device::tile_offset<Traits::kDim>(warp_row + row, chunk),
+                           packed);
     }
     __syncwarp();
 }

@@ -1,79 +1,162 @@
-// A warp's radix selection over its tile's records in scratch, and the list it ends in.
+// A warp's selection of the blocks of largest mass: by radix, ties to the lower index.
 #pragma once
 
+#include <climits>
 #include <cstdint>
 
-#include "kernels/block_select/sweep.h"
+#include "kernels/block_select/traits.h"
 
 namespace condensate::kernels::block_select {
 
+// Masses are finite and not negative, so their bits order them.
 struct Threshold {
-    uint32_t key;  // the k-th largest
-    int ties;      // how many equal to it are among the k
+    uint32_t mass;  // the k-th largest
+    int ties;       // how many equal to it are among the k
 };
 
-// The k-th largest key among the n words for which to_key(word, &key) is true, with bits below
-// kLowestBit taken as 0. There must be at least k such words, k >= 1. The whole warp calls it;
-// `histogram` is its own 256 counters.
-template <int kLowestBit, class ToKey>
-__device__ Threshold radix_threshold(const BlockRecord* records, int n, int k, uint32_t* histogram,
-                                     ToKey to_key) {
+// Of n masses, n >= k >= 1. The whole warp calls it; `histogram_smem` is its own kRadixBins
+// counters.
+__device__ inline Threshold radix_threshold(const uint32_t* masses, int n, int k,
+                                            uint32_t* histogram_smem) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;
     uint32_t prefix = 0, prefix_mask = 0;
-    for (int shift = 24; shift >= kLowestBit; shift -= 8) {
-        for (int i = 0; i < 8; ++i) histogram[lane + 32 * i] = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        for (int i = 0; i < 8; ++i) histogram_smem[lane + 32 * i] = 0;
         __syncwarp();
         for (int i = lane; i < n; i += 32) {
-            uint32_t key;
-            if (to_key(records[i].word, &key) && (key & prefix_mask) == prefix)
-                atomicAdd(&histogram[key >> shift & 255], 1u);
+            uint32_t mass = masses[i];
+            if ((mass & prefix_mask) == prefix) atomicAdd(&histogram_smem[mass >> shift & 255], 1u);
         }
         __syncwarp();
         // Lane l holds digits 255 - 8 l downwards; find where the count from the top reaches k.
         int counts[8], sum = 0;
-        for (int i = 0; i < 8; ++i) sum += counts[i] = histogram[255 - 8 * lane - i];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += counts[i] = histogram_smem[255 - 8 * lane - i];
         int above = sum;
+#pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             int other = __shfl_up_sync(kAll, above, step);
             if (lane >= step) above += other;
         }
         int owner = __ffs(__ballot_sync(kAll, above >= k)) - 1;
         int remaining = k - (above - sum), digit = 255 - 8 * lane;
-        for (int i = 0; i < 8 && remaining > counts[i]; ++i) {
-            remaining -= counts[i];
-            --digit;
+        bool found = false;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            found |= remaining <= counts[i];
+            if (!found) {
+                remaining -= counts[i];
+                --digit;
+            }
         }
         k = __shfl_sync(kAll, remaining, owner);
         digit = __shfl_sync(kAll, digit, owner);
         prefix |= static_cast<uint32_t>(digit) << shift;
         prefix_mask |= 255u << shift;
-        __syncwarp();
+        __syncwarp();  // the histogram has been read
     }
     return {prefix, k};
 }
 
-// Writes the ascending list of blocks that `rank(word)` puts above (2) or at (1) the threshold, the
-// latter only while `ties` last; pads with -1 and returns the count.
-template <class Rank>
-__device__ int write_list(const BlockRecord* records, int n, int ties, Rank rank, int32_t* list,
-                          int64_t width) {
+// Writes those of n blocks (ascending) that the threshold takes, and their masses where masses_out
+// is not null; both may be written in place. Returns how many; the whole warp sees what is written.
+__device__ inline int write_list(const uint32_t* masses, const int32_t* blocks, int n,
+                                 Threshold threshold, int32_t* blocks_out, uint32_t* masses_out) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;
     const unsigned below = (1u << lane) - 1;
-    int count = 0;
+    int count = 0, ties = threshold.ties;
     for (int first = 0; first < n; first += 32) {
-        int block = first + lane;
-        int r = block < n ? rank(records[block].word) : 0;
-        unsigned equal = __ballot_sync(kAll, r == 1);
-        bool take = r == 2 || (r == 1 && __popc(equal & below) < ties);
+        const int i = first + lane;
+        const uint32_t mass = i < n ? masses[i] : 0;
+        const int32_t block = i < n ? blocks[i] : 0;
+        unsigned equal = __ballot_sync(kAll, i < n && mass == threshold.mass);
+        bool take = i < n && (mass > threshold.mass ||
+                              (mass == threshold.mass && __popc(equal & below) < ties));
         ties -= min(ties, __popc(equal));
         unsigned takers = __ballot_sync(kAll, take);
-        if (take) list[count + __popc(takers & below)] = block;
+        if (take) {
+            int slot = count + __popc(takers & below);
+            blocks_out[slot] = block;
+            if (masses_out) masses_out[slot] = mass;
+        }
         count += __popc(takers);
     }
-    for (int64_t i = count + lane; i < width; i += 32) list[i] = -1;
+    __syncwarp();
     return count;
 }
+
+// Entries past the list's count are -1.
+__device__ inline void pad_list(int32_t* list, int count, int64_t width) {
+    for (int64_t i = count + (threadIdx.x & 31); i < width; i += 32) list[i] = -1;
+}
+
+// The list of a tile that takes every eligible block.
+template <class Blocks>
+__device__ void write_all(const Blocks& eligible, int32_t* list, int64_t width) {
+    const int count = eligible.count();
+    for (int i = threadIdx.x & 31; i < count; i += 32) list[i] = eligible.at(i);
+    pad_list(list, count, width);
+}
+
+// The `keep` blocks of largest mass among those that come by in ascending order. Only a window of
+// them is held: whenever it is full it shrinks to the best so far, and what cannot be among them is
+// not taken in any more.
+struct TopBlocks {
+    static constexpr int kMostAdded = 64;  // before make_room() is called again
+
+    // Lies in shared memory, to leave registers to scores.
+    struct Window {
+        uint32_t* masses;  // [capacity]
+        int32_t* blocks;   // [capacity], ascending
+        int capacity, keep;
+    };
+
+    const Window& window;
+    uint32_t* histogram_smem;
+    int count = 0;
+    uint32_t least = 0;  // mass that a later block needs
+
+    __device__ TopBlocks(const Window& window, uint32_t* histogram_smem)
+        : window(window), histogram_smem(histogram_smem) {}
+
+    CONDENSATE_HOST_DEVICE static int64_t capacity_for(int64_t keep) {
+        return ceil_div(keep + max_i64(keep, 192), 32) * 32;
+    }
+
+    // The whole warp calls it, blocks ascending by lane.
+    __device__ __forceinline__ void add(bool eligible, float mass, int block) {
+        const uint32_t bits = __float_as_uint(mass);
+        const bool take = eligible && bits >= least;
+        const unsigned takers = __ballot_sync(0xffffffffu, take);
+        if (takers == 0) return;
+        if (take) {
+            int slot = count + __popc(takers & ((1u << (threadIdx.x & 31)) - 1));
+            window.masses[slot] = bits;
+            window.blocks[slot] = block;
+        }
+        count += __popc(takers);
+    }
+
+    __device__ __forceinline__ void make_room() {
+        if (count <= window.capacity - kMostAdded) return;
+        const Window w = window;
+        __syncwarp();  // what was added is written
+        Threshold threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);
+        count = write_list(w.masses, w.blocks, count, threshold, w.blocks, w.masses);
+        least = threshold.mass + 1;  // later blocks lose ties
+    }
+
+    __device__ int store(int32_t* list, int64_t width) {
+        const Window w = window;
+        __syncwarp();                        // what was added is written
+        Threshold threshold = {0, INT_MAX};  // takes all
+        if (count > w.keep) threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);
+        int taken = write_list(w.masses, w.blocks, count, threshold, list, nullptr);
+        pad_list(list, taken, width);
+        return taken;
+    }
+};
 
 }  // namespace condensate::kernels::block_select

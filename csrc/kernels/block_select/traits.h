@@ -1,43 +1,63 @@
-// Shapes and shared memory of the fused scoring and top-k kernel.
+// Shapes and shared memory of the scan and the refinement. Both score 128 (or 64) rows, held in
+// registers, against units that stream through shared memory 64 at a time.
 #pragma once
+
+#include <climits>
 
 #include "condensate/geometry.h"
 #include "device/smem_tile.h"
 
 namespace condensate::kernels::block_select {
 
-// One warp owns one tile: its pooled queries are the warp's 32 rows.
-template <class T_, int kDim_, int kUnitsPerBlock_>
-struct Traits {
-    using T = T_;
-    static constexpr int kDim = kDim_;                      // summary_dim rounded up
-    static constexpr int kUnitsPerBlock = kUnitsPerBlock_;  // 16 block, 4 quest, 1 mean
-    static constexpr int kWarps = 4;                        // tiles of a CTA
-    static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kRows = 32;  // pooled queries of a tile, at most
-    static constexpr int kMTiles = kRows / 16;
-    static constexpr int kStages = 2;
-    static constexpr int kChunkUnits = kDim <= 128 ? 64 : 32;  // units of one pipeline step
-    static constexpr int kNTiles = kChunkUnits / 8;
-    static constexpr int kChunkBlocks = kChunkUnits / kUnitsPerBlock;
-    static constexpr bool kQueriesInRegisters = kDim <= 128;
-    static constexpr int kBatchUnits = 16;  // units of one step of the second look
-    static constexpr int kBatchBlocks = kBatchUnits / kUnitsPerBlock;
-    static constexpr int kQueueBlocks = 64;
+constexpr int kWarps = 4;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kChunkUnits = 64;  // units of one pipeline step
+constexpr int kRadixBins = 256;
+constexpr int kNoRow = INT_MIN;
 
+// Persistent CTAs per multiprocessor; each owns scratch in the workspace. Three where 168 registers
+// hold a thread's queries and scores, and there is shared memory for three.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostCtasPerSm = 2;
+#else
+constexpr int kMostCtasPerSm = 3;
+#endif
+constexpr int scan_ctas_per_sm(Selector selector, int dim) {
+    return dim <= 64 || (dim <= 128 && selector == Selector::kBlock) ? kMostCtasPerSm : 2;
+}
+constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostCtasPerSm : 2; }
+
+template <class T_, int kDim_, int kMTiles_>
+struct RowTraits {
+    using T = T_;
+    static constexpr int kDim = kDim_;        // summary_dim rounded up; the rest is zeros
+    static constexpr int kMTiles = kMTiles_;  // 16-row tiles of a warp
+    static constexpr int kWarpRows = 16 * kMTiles;
+    static constexpr int kRows = kWarps * kWarpRows;
+    static constexpr int kNTiles = kChunkUnits / 8;
+    static constexpr int kStages = kDim <= 128 ? 4 : 2;
+
+    // What is read once a chunk or less lies here, to leave registers to queries and scores.
     struct alignas(128) Smem {
-        T queries[kWarps][kRows * kDim];
-        T units[kStages][kChunkUnits * kDim];
-        int queue[kWarps][kQueueBlocks];
+        // First the rows, until they are in registers, then the stages.
+        T stages[kStages][kChunkUnits * kDim];
+        uint32_t histogram[kWarps][kRadixBins];
+        float norm[kRows];    // log2 of a row's softmax sum
+        int position[kRows];  // that decides what a row sees; kNoRow where there is no row
     };
-    // After the first look each warp owns a part of the stages: buffers of kBatchUnits units, or a
-    // histogram.
-    static constexpr int kBatchStages = kStages * kChunkUnits / (kWarps * kBatchUnits);
+    static_assert(kRows <= kStages * kChunkUnits, "the rows fit in the stages");
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");
-    static_assert(kBatchStages >= 1, "a warp needs a buffer for its second look");
 };
 
-// Persistent CTAs per multiprocessor; each owns scratch for its tiles' block masses.
-constexpr int kCtasPerSm = 2;
+// Scan: a warp's 32 rows are the pooled queries of its tile.
+template <class T, int kDim, Selector kSelector_>
+struct ScanTraits : RowTraits<T, kDim, 2> {
+    static constexpr Selector kSelector = kSelector_;
+    static constexpr int kCtasPerSm = scan_ctas_per_sm(kSelector, kDim);
+    static constexpr bool kShortlists = kSelector == Selector::kBlock;  // else it makes the lists
+    // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
+    static constexpr int kBlockUnits =
+        kSelector == Selector::kMean ? kMeanUnits.per_block : kMiddleUnits.per_block;
+};
 
 }  // namespace condensate::kernels::block_select

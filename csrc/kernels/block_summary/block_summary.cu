@@ -7,7 +7,7 @@ namespace condensate::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoadsInFlight = 4;  // of one thread; divides the keys of every kind of unit
+constexpr int kLoadsInFlight = 4;  // of one thread; divides the keys of quest's and mean's units
 
 // Maximum and minimum that keep NaN, which fmaxf and fminf drop.
 __device__ __forceinline__ float max_nan(float a, float b) { return b > a || b != b ? b : a; }
@@ -89,73 +89,146 @@ __device__ void read_unit(Unit& unit, const T* channels, int64_t stride_seq, int
     }
 }
 
+constexpr int kLevelLoads = 8;  // in flight where a thread has a whole block before it
+
 struct SummaryGrid {
-    int64_t units;  // of one head
+    int64_t units;  // of one head; of `block`, whole blocks
     uint32_t ctas_per_head;
-    int chunks;          // threads that share a unit
-    int units_per_pass;  // units that a CTA reads at once
+    int chunks;  // threads that share a unit
+    int units_per_cta;
 };
 
-template <class T, int kElems, int kKeys, int kPasses, class Unit>
+template <class T, int kElems, int kKeys, class Unit>
 __global__ void __launch_bounds__(kThreads)
     block_summary_kernel(BlockSummaryParams params, SummaryGrid grid) {
     using Chunk = Vec<T, kElems>;
-    int unit_in_pass = static_cast<int>(threadIdx.x) / grid.chunks;
+    int unit_in_cta = static_cast<int>(threadIdx.x) / grid.chunks;
     int chunk = static_cast<int>(threadIdx.x) % grid.chunks;
-    if (unit_in_pass >= grid.units_per_pass) return;
+    if (unit_in_cta >= grid.units_per_cta) return;
     int64_t head = blockIdx.x / grid.ctas_per_head;  // of all batches
-    int64_t first_unit =
-        static_cast<int64_t>(blockIdx.x % grid.ctas_per_head) * grid.units_per_pass * kPasses;
+    int64_t index =
+        static_cast<int64_t>(blockIdx.x % grid.ctas_per_head) * grid.units_per_cta + unit_in_cta;
+    if (index >= grid.units) return;
 
     const T* key = static_cast<const T*>(params.key.data) +
                    head / params.kv_heads * params.key.stride_batch +
                    head % params.kv_heads * params.key.stride_head + chunk * kElems;
     Chunk* summaries = static_cast<Chunk*>(params.summaries) +
                        head * grid.units * Unit::kParts * grid.chunks + chunk;
+    int64_t left = params.kv_len - index * kKeys;
+    int keys = left < kKeys ? static_cast<int>(left) : kKeys;
+    Unit unit;
+    if (keys > 0) {
+        read_unit<T, kElems, kKeys>(unit, key + index * kKeys * params.key.stride_seq,
+                                    params.key.stride_seq, keys);
+    }
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-        int64_t index = first_unit + pass * grid.units_per_pass + unit_in_pass;
-        if (index >= grid.units) return;
-        int64_t left = params.kv_len - index * kKeys;
-        int keys = left < kKeys ? static_cast<int>(left) : kKeys;
-        Unit unit;
-        if (keys > 0) {
-            read_unit<T, kElems, kKeys>(unit, key + index * kKeys * params.key.stride_seq,
-                                        params.key.stride_seq, keys);
-        }
-#pragma unroll
-        for (int i = 0; i < Unit::kParts; ++i) {
-            Chunk* to = summaries + (index * Unit::kParts + i) * grid.chunks;
-            *to = keys > 0 ? unit.part(i, keys) : Chunk{};
-        }
+    for (int i = 0; i < Unit::kParts; ++i) {
+        Chunk* to = summaries + (index * Unit::kParts + i) * grid.chunks;
+        *to = keys > 0 ? unit.part(i, keys) : Chunk{};
     }
 }
 
-template <class T, int kElems, int kKeys, int kPasses, class Unit>
-Status launch_summary(const BlockSummaryParams& params, const LaunchContext& context) {
+// Means of three sizes of unit from one read of the keys. A thread owns its channels of a block.
+template <class T, int kElems>
+__global__ void __launch_bounds__(kThreads, 2)
+    block_levels_kernel(BlockSummaryParams params, SummaryGrid grid) {
+    using Chunk = Vec<T, kElems>;
+    int block_in_cta = static_cast<int>(threadIdx.x) / grid.chunks;
+    int chunk = static_cast<int>(threadIdx.x) % grid.chunks;
+    if (block_in_cta >= grid.units_per_cta) return;
+    int64_t head = blockIdx.x / grid.ctas_per_head;  // of all batches
+    int64_t block =
+        static_cast<int64_t>(blockIdx.x % grid.ctas_per_head) * grid.units_per_cta + block_in_cta;
+    if (block >= grid.units) return;
+
+    const int64_t stride_seq = params.key.stride_seq;
+    const T* key = static_cast<const T*>(params.key.data) +
+                   head / params.kv_heads * params.key.stride_batch +
+                   head % params.kv_heads * params.key.stride_head +
+                   block * kBlockKeys * stride_seq + chunk * kElems;
+    constexpr int kRows = 21;  // rows_per_block(kBlock)
+    Chunk* rows = static_cast<Chunk*>(params.summaries) +
+                  (head * grid.units + block) * kRows * grid.chunks + chunk;
+    const int keys = static_cast<int>(min_i64(params.kv_len - block * kBlockKeys, kBlockKeys));
+    auto store = [&](UnitLevel level, int unit, const float (&sum)[kElems]) {
+        int count = min(max(keys - unit * level.keys, 0), level.keys);
+        // A full unit has a power of two of keys: the product is the exact quotient.
+        float full = 1.0f / static_cast<float>(level.keys);
+        Chunk mean;
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) {
+            float x = count == level.keys ? sum[e] * full
+                      : count > 0         ? sum[e] / static_cast<float>(count)
+                                          : 0.0f;
+            mean.elem[e] = from_float<T>(x);
+        }
+        rows[(level.first_row + unit) * grid.chunks] = mean;
+    };
+
+    float coarse[kElems] = {}, middle[kElems] = {};
+#pragma unroll 1
+    for (int first = 0; first < kBlockKeys; first += kLevelLoads) {
+        Chunk loaded[kLevelLoads];  // all in flight; keys that do not exist add nothing
+#pragma unroll
+        for (int j = 0; j < kLevelLoads; ++j) {
+            bool exists = first + j < keys;
+            loaded[j] =
+                exists ? *reinterpret_cast<const Chunk*>(key + (first + j) * stride_seq) : Chunk{};
+        }
+#pragma unroll
+        for (int fine_first = 0; fine_first < kLevelLoads; fine_first += kFineUnits.keys) {
+            float fine[kElems] = {};
+#pragma unroll
+            for (int j = fine_first; j < fine_first + kFineUnits.keys; ++j)
+#pragma unroll
+                for (int e = 0; e < kElems; ++e) fine[e] += to_float(loaded[j].elem[e]);
+            store(kFineUnits, (first + fine_first) / kFineUnits.keys, fine);
+#pragma unroll
+            for (int e = 0; e < kElems; ++e) middle[e] += fine[e];
+        }
+        if ((first + kLevelLoads) % kMiddleUnits.keys != 0) continue;
+        store(kMiddleUnits, first / kMiddleUnits.keys, middle);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) {
+            coarse[e] += middle[e];
+            middle[e] = 0.0f;
+        }
+    }
+    store(kCoarseUnits, 0, coarse);
+}
+
+// `units` of a head, a thread for each unit and kElems channels.
+template <int kElems>
+Status launch_summary(void (*kernel)(BlockSummaryParams, SummaryGrid), int64_t units,
+                      const BlockSummaryParams& params, const LaunchContext& context) {
     SummaryGrid grid = {};
-    grid.units = summary_units(params.selector, params.kv_len);
+    grid.units = units;
     grid.chunks = static_cast<int>(params.head_dim / kElems);
     if (grid.chunks == 0) return {};
-    grid.units_per_pass = kThreads / grid.chunks;
-    int64_t ctas = ceil_div(grid.units, static_cast<int64_t>(grid.units_per_pass) * kPasses);
+    grid.units_per_cta = kThreads / grid.chunks;
+    int64_t ctas = ceil_div(units, static_cast<int64_t>(grid.units_per_cta));
     grid.ctas_per_head = static_cast<uint32_t>(ctas);
-    return launch(block_summary_kernel<T, kElems, kKeys, kPasses, Unit>, "block_summary",
-                  {ctas * params.batch * params.kv_heads}, kThreads, 0, context, params, grid);
+    return launch(kernel, "block_summary", {ctas * params.batch * params.kv_heads}, kThreads, 0,
+                  context, params, grid);
 }
 
 template <class T, int kElems>
 Status launch_selector(const BlockSummaryParams& params, const LaunchContext& context) {
-    // Units of 4 keys are little work for a thread: it takes several where accesses are wide.
-    constexpr int kPasses = kElems > 1 ? 4 : 1;
-    if (params.selector == Selector::kBlock) {
-        return launch_summary<T, kElems, 4, kPasses, MeanUnit<T, kElems, 4>>(params, context);
+    const int64_t rows = summary_rows(params.selector, params.kv_len);
+    switch (params.selector) {
+        case Selector::kQuest:
+            return launch_summary<kElems>(
+                block_summary_kernel<T, kElems, kQuestUnits.keys, BoundsUnit<T, kElems>>, rows,
+                params, context);
+        case Selector::kMean:
+            return launch_summary<kElems>(
+                block_summary_kernel<T, kElems, kBlockKeys, MeanUnit<T, kElems, kBlockKeys>>, rows,
+                params, context);
+        default:
+            return launch_summary<kElems>(block_levels_kernel<T, kElems>, num_blocks(params.kv_len),
+                                          params, context);
     }
-    if (params.selector == Selector::kQuest) {
-        return launch_summary<T, kElems, 16, 1, BoundsUnit<T, kElems>>(params, context);
-    }
-    return launch_summary<T, kElems, kBlockKeys, 1, MeanUnit<T, kElems, kBlockKeys>>(params,
-                                                                                     context);
 }
 
 }  // namespace

@@ -1,0 +1,104 @@
+// The blocks that a tile's list may name, and the blocks that its attention walks, in closed form.
+#pragma once
+
+#include <climits>
+#include <cstdint>
+
+#include "condensate/geometry.h"
+
+namespace condensate::kernels::block_select {
+
+// is_eligible() of every block of a tile: before the windows, and (without causality) after them.
+struct EligibleBlocks {
+    int begin, low_end, high_begin, end;  // [begin, low_end) and [high_begin, end)
+
+    CONDENSATE_HOST_DEVICE EligibleBlocks(const Ranges& r, TileSpan t)
+        : begin(0), low_end(0), high_begin(0), end(0) {
+        if (r.anchors >= r.kv_len) return;
+        const int64_t first = r.anchors / kBlockKeys, blocks = num_blocks(r.kv_len);
+        int64_t low = blocks, high = blocks;  // ends and begins of the two parts
+        if (r.causal || r.window > 0) {
+            int64_t last_key = t.last - max_i64(r.window, 0);  // that precedes some window
+            low = last_key < r.anchors ? first : min_i64(last_key / kBlockKeys + 1, blocks);
+        }
+        if (!r.causal && r.window > 0) {
+            int64_t first_key = t.first + r.window;  // that follows some window
+            if (first_key < r.kv_len) high = max_i64(first_key, 0) / kBlockKeys;
+        }
+        begin = static_cast<int>(first);
+        low_end = static_cast<int>(low);
+        high_begin = static_cast<int>(max_i64(high, low));
+        end = static_cast<int>(blocks);
+    }
+    CONDENSATE_HOST_DEVICE int count() const { return (low_end - begin) + (end - high_begin); }
+    CONDENSATE_HOST_DEVICE bool contains(int block) const {
+        return block >= begin && block < end && (block < low_end || block >= high_begin);
+    }
+    // The i-th of them, ascending.
+    CONDENSATE_HOST_DEVICE int at(int i) const {
+        return begin + i < low_end ? begin + i : high_begin + (i - (low_end - begin));
+    }
+};
+
+// Blocks that hold a key some row of the tile sees.
+CONDENSATE_HOST_DEVICE int reachable_blocks(const Ranges& r, TileSpan t) {
+    int64_t keys = r.causal ? min_i64(t.last + 1, r.kv_len) : r.kv_len;
+    return keys > 0 ? static_cast<int>(ceil_div(keys, kBlockKeys)) : 0;
+}
+
+// Blocks of anchors and windows, which device::BlockWalk visits whatever is listed.
+struct RangeBlocks {
+    int anchors_end, window_begin, window_end;  // [0, anchors_end) and [window_begin, window_end)
+
+    CONDENSATE_HOST_DEVICE RangeBlocks(const Ranges& r, TileSpan t) {
+        BlockRange window = window_blocks(r, t);
+        anchors_end = static_cast<int>(anchor_blocks(r, t).end);
+        window_begin = static_cast<int>(max_i64(window.begin, anchors_end));
+        window_end = static_cast<int>(max_i64(window.end, window_begin));
+    }
+    CONDENSATE_HOST_DEVICE bool contains(int block) const {
+        return block < anchors_end || (block >= window_begin && block < window_end);
+    }
+};
+
+// The blocks of device::BlockWalk over a valid list, by their place in its order, so that threads
+// need not walk: anchors, entries before the window, window, entries after it.
+struct WalkedBlocks {
+    const int32_t* list;
+    int anchors_end;
+    int middle_begin, middle_end;  // list entries between anchors and window
+    int window_begin, window_end;
+    int high_begin;  // first list entry past the window
+    int size;
+
+    __device__ __forceinline__ int at(int i) const {
+        if (i < anchors_end) return i;
+        i += middle_begin - anchors_end;
+        if (i < middle_end) return __ldg(list + i);
+        i += window_begin - middle_end;
+        if (i < window_end) return i;
+        return __ldg(list + (i - window_end + high_begin));
+    }
+
+    // The whole warp calls it.
+    __device__ WalkedBlocks(const RangeBlocks& ranges, const int32_t* list, int count)
+        : list(list),
+          anchors_end(ranges.anchors_end),
+          middle_begin(0),
+          middle_end(0),
+          window_begin(ranges.window_begin),
+          window_end(ranges.window_end),
+          high_begin(0) {
+        for (int first = 0; first < count; first += 32) {
+            int i = first + static_cast<int>(threadIdx.x & 31);
+            int entry = i < count ? __ldg(list + i) : INT_MAX;
+            middle_begin += __popc(__ballot_sync(0xffffffffu, entry < anchors_end));
+            middle_end += __popc(__ballot_sync(0xffffffffu, entry < window_begin));
+            high_begin += __popc(__ballot_sync(0xffffffffu, entry < window_end));
+        }
+        size = anchors_end + (middle_end - middle_begin) + (window_end - window_begin) +
+               (count - high_begin);
+    }
+};
+
+}  // namespace condensate::kernels::block_select

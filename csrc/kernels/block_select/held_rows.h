@@ -1,0 +1,183 @@
+// A warp's query rows in registers, what each may see, and from its scores to masses of blocks.
+#pragma once
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+
+#include "device/mma_tile.h"
+#include "device/softmax.h"
+#include "kernels/block_select/pooled_queries.h"
+#include "kernels/block_select/unit_chunk.h"
+
+namespace condensate::kernels::block_select {
+
+// The rows of a warp: queries in registers; positions and softmax sums in shared memory.
+template <class Traits>
+struct HeldRows {
+    static constexpr int kMTiles = Traits::kMTiles;
+    using Scores = float[kMTiles][Traits::kNTiles][4];
+
+    typename Traits::Smem& smem;
+    uint32_t queries[Traits::kDim / 16][kMTiles][4];
+
+    __device__ explicit HeldRows(typename Traits::Smem& smem) : smem(smem) {}
+
+    // Row of the CTA that a lane's elements 2 * half and + 1 belong to.
+    static __device__ __forceinline__ int row(int m, int half) {
+        return static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows + 16 * m + 8 * half +
+               static_cast<int>(threadIdx.x & 31) / 4;
+    }
+
+    // Takes the warp's rows from the stages, where they lie, and position_of(row) of each.
+    template <class PositionOf>
+    __device__ __forceinline__ void hold(PositionOf&& position_of) {
+        const int lane = threadIdx.x & 31, first = threadIdx.x / 32 * Traits::kWarpRows;
+        device::load_a_tiles<Traits::kDim, kMTiles>(queries, ptx::smem_address(smem.stages), first);
+        if (lane < Traits::kWarpRows) smem.position[first + lane] = position_of(first + lane);
+        __syncwarp();
+    }
+
+    // Units of a level that every row of the warp sees.
+    __device__ __forceinline__ int seen_by_all(const Ranges& ranges, int unit_keys) const {
+        const int lane = threadIdx.x & 31;
+        int position = kNoRow;
+        if (lane < Traits::kWarpRows)
+            position = smem.position[threadIdx.x / 32 * Traits::kWarpRows + lane];
+        int units = position == kNoRow ? INT_MAX : visible_units(ranges, position, unit_keys);
+        return __reduce_min_sync(0xffffffffu, units);
+    }
+
+    __device__ __forceinline__ void score(Scores& s, int stage) const {
+        device::score_tile<typename Traits::T, Traits::kDim>(s, queries,
+                                                             ptx::smem_address(smem.stages[stage]));
+    }
+
+    // Drops units that a row does not see. first_unit(v) is the first unit of the lane's v-th block
+    // of the chunk.
+    template <int kBlockUnits, class FirstUnit>
+    __device__ __forceinline__ void mask(Scores& s, const Ranges& ranges, int unit_keys,
+                                         FirstUnit&& first_unit) const {
+        int visible[kMTiles][2];
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                visible[m][half] = visible_units(ranges, smem.position[row(m, half)], unit_keys);
+#pragma unroll
+        for (int place = 0; place < 2 * Traits::kNTiles; ++place) {
+            int unit = first_unit(place / kBlockUnits) + place % kBlockUnits;
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    if (unit >= visible[m][half]) s[m][place / 2][2 * half + place % 2] = -INFINITY;
+        }
+    }
+
+    // Keeps log2 of the softmax sum of each row; +inf, which makes every weight 0 or NaN, where
+    // that is not finite or there is no row.
+    __device__ __forceinline__ void normalise(device::OnlineSoftmax<kMTiles>& softmax) {
+        softmax.reduce_sums();
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float log2_sum = softmax.reference[m][half] + log2f(softmax.row_sum[m][half]);
+                bool finite = fabsf(log2_sum) <= FLT_MAX;  // false for NaN
+                bool exists = smem.position[row(m, half)] != kNoRow;
+                if ((threadIdx.x & 3) == 0)
+                    smem.norm[row(m, half)] = finite && exists ? log2_sum : INFINITY;
+            }
+        }
+        __syncwarp();
+    }
+
+    // Scores -> weights 2^(score * scale_log2 - norm), in place.
+    __device__ __forceinline__ void weigh(Scores& s, float scale_log2) const {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float norm = smem.norm[row(m, half)];
+#pragma unroll
+                for (int n = 0; n < Traits::kNTiles; ++n)
+#pragma unroll
+                    for (int e = 2 * half; e < 2 * half + 2; ++e)
+                        s[m][n][e] = ptx::exp2_approx(fmaf(s[m][n][e], scale_log2, -norm));
+            }
+        }
+    }
+};
+
+// Sum of places kFirst..kFirst + kCount - 1 of one row, as a tree.
+template <int kFirst, int kCount, int kMTiles, int kNTiles>
+__device__ __forceinline__ float sum_places(const float (&s)[kMTiles][kNTiles][4], int m,
+                                            int half) {
+    if constexpr (kCount == 1) {
+        return s[m][kFirst / 2][2 * half + kFirst % 2];
+    } else {
+        return sum_places<kFirst, kCount / 2>(s, m, half) +
+               sum_places<kFirst + kCount / 2, kCount / 2>(s, m, half);
+    }
+}
+
+// Calls body(v, m, half, weight) with the weight of the lane's v-th block, for v = kFrom and on.
+template <int kBlockUnits, int kFrom = 0, int kMTiles, int kNTiles, class Body>
+__device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles][4], Body&& body) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            body(kFrom, m, half, sum_places<kFrom * kBlockUnits, kBlockUnits>(s, m, half));
+    if constexpr ((kFrom + 1) * kBlockUnits < 2 * kNTiles)
+        for_each_block<kBlockUnits, kFrom + 1>(s, body);
+}
+
+// A mass that is NaN is 0, one that overflowed the largest float.
+__device__ __forceinline__ float finite_mass(float x) { return fminf(fmaxf(x, 0.0f), FLT_MAX); }
+
+// Of the lane's values and those of the lane `bit` away keeps the maxima of one half, in front.
+template <int kCount>
+__device__ __forceinline__ void halve_by_max(float* x, int bit) {
+    const bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+        float kept = high ? x[i + kCount / 2] : x[i], given = high ? x[i] : x[i + kCount / 2];
+        x[i] = fmaxf(kept, __shfl_xor_sync(0xffffffffu, given, bit));
+    }
+}
+__device__ __forceinline__ float max_with_lane(float x, int bit) {
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
+}
+
+// Masses of the chunk's blocks, the largest over the warp's rows, from their weights. Afterwards
+// lane l holds blocks l and l + 32 (mass[0] and mass[1]) of 64, block l % 16 of 16, l % 4 of 4.
+template <int kBlockUnits, int kMTiles, int kNTiles>
+__device__ __forceinline__ void tile_masses(float (&mass)[2 * kNTiles / kBlockUnits],
+                                            const float (&s)[kMTiles][kNTiles][4]) {
+    constexpr int kCount = 2 * kNTiles / kBlockUnits;
+    static_assert(kCount == 16 || kCount == 4 || kCount == 1, "1, 4 or 16 units a block");
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) mass[v] = 0.0f;
+    for_each_block<kBlockUnits>(
+        s, [&](int v, int, int, float weight) { mass[v] = fmaxf(mass[v], weight); });
+    if constexpr (kCount == 16) {
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+            halve_by_max<8>(mass + 8 * w, 16);
+            halve_by_max<4>(mass + 8 * w, 8);
+            halve_by_max<2>(mass + 8 * w, 4);
+        }
+        mass[1] = finite_mass(mass[8]);
+    } else if constexpr (kCount == 4) {
+        halve_by_max<4>(mass, 8);
+        halve_by_max<2>(mass, 4);
+        mass[0] = max_with_lane(mass[0], 16);
+    } else {
+        mass[0] = max_with_lane(max_with_lane(max_with_lane(mass[0], 16), 8), 4);
+    }
+    mass[0] = finite_mass(mass[0]);
+}
+
+}  // namespace condensate::kernels::block_select

@@ -1,0 +1,103 @@
+// The refinement of shortlists. A persistent CTA takes a tile at a time, four warps of 32 (or 16)
+// of its rows. One pass over the middle units of all walked blocks finds each row's softmax sum,
+// one over the fine units of the shortlist the masses; the largest are the list.
+#pragma once
+
+#include "kernels/block_select/refined_tile.h"
+#include "kernels/block_select/top_blocks.h"
+
+namespace condensate::kernels::block_select {
+
+template <class Traits>
+__device__ __forceinline__ void find_norm(RefinedTile<Traits>& tile) {
+    constexpr int kMTiles = Traits::kMTiles;
+    auto& smem = tile.smem;
+    device::OnlineSoftmax<kMTiles> softmax;
+    tile.template sweep<kRefinementLevels.norm.per_block>(
+        kRefinementLevels.norm, smem.walked.size, [&](int i) { return smem.walked.at(i); },
+        [&](typename RefinedTile<Traits>::Scores& s, int, int) {
+            float rescale[kMTiles][2];
+            softmax.raise(s, tile.scale_log2, rescale);
+            softmax.weigh(s, tile.scale_log2);
+        });
+    tile.rows.normalise(softmax);
+}
+
+// Of every block of the shortlist, the largest over each warp's rows.
+template <class Traits>
+__device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t* masses,
+                                            int width) {
+    const int lane = threadIdx.x & 31;
+    auto& smem = tile.smem;
+    tile.template sweep<kRefinementLevels.mass.per_block>(
+        kRefinementLevels.mass, smem.shortlisted,
+        [&](int i) { return __ldg(smem.walked.list + i); },
+        [&](typename RefinedTile<Traits>::Scores& s, int first, int) {
+            tile.rows.weigh(s, tile.scale_log2);
+            float mass[1];
+            tile_masses<kRefinementLevels.mass.per_block>(mass, s);
+            if (lane < 4 && first + lane < smem.shortlisted) {
+                masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass[0]);
+            }
+        });
+}
+
+// The list, from the warps' masses of the shortlist; one warp calls it.
+template <class Traits>
+__device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t* histogram_smem,
+                                       uint32_t* masses, int width, int32_t* list, int keep) {
+    const int warps = (smem.tile.rows + Traits::kWarpRows - 1) / Traits::kWarpRows;
+    const int count = smem.shortlisted;
+    for (int i = threadIdx.x & 31; i < count; i += 32) {
+        uint32_t mass = masses[i];
+        for (int w = 1; w < warps; ++w) mass = max(mass, masses[w * width + i]);
+        masses[i] = mass;
+    }
+    __syncwarp();
+    Threshold threshold = radix_threshold(masses, count, keep, histogram_smem);
+    write_list(masses, smem.walked.list, count, threshold, list, nullptr);
+}
+
+// A tile without a choice: all eligible blocks are listed.
+__device__ __forceinline__ void take_all(const BlockSelectParams& params, const RefinedRows& rows,
+                                         const EligibleBlocks& eligible) {
+    if (threadIdx.x < 32) {
+        write_all(eligible, params.block_indices + rows.tile.tile_index * params.max_blocks,
+                  params.max_blocks);
+        if (threadIdx.x == 0) params.block_counts[rows.tile.tile_index] = eligible.count();
+    }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kThreads, refine_ctas_per_sm(Traits::kDim))
+    block_refine_kernel(const __grid_constant__ BlockSelectParams params,
+                        const __grid_constant__ Shortlists shortlists, uint32_t* masses_gmem,
+                        const __grid_constant__ int tiles) {
+    extern __shared__ __align__(128) char smem_bytes[];
+    auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
+    const int width = shortlists.width;
+    // Of the shortlist: [warp][width].
+    uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * kWarps * width;
+
+    for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const RefinedRows refined(device::TileRows::from_index(params.problem, index));
+        const EligibleBlocks eligible(params.problem.ranges(), refined.tile.span());
+        if (eligible.count() <= params.max_blocks) {
+            take_all(params, refined, eligible);
+            continue;
+        }
+        const int keep = static_cast<int>(params.max_blocks);
+        if (threadIdx.x == 0) params.block_counts[refined.tile.tile_index] = keep;
+        if (keep == 0) continue;
+        RefinedTile<Traits> tile(smem, params);
+        tile.begin(refined, eligible, shortlists);
+        find_norm(tile);
+        find_masses(tile, masses, width);
+        if (threadIdx.x < 32)
+            choose(smem, smem.histogram[0], masses, width,
+                   params.block_indices + smem.tile.tile.tile_index * keep, keep);
+        __syncthreads();  // the tile's state in shared memory is not read any more
+    }
+}
+
+}  // namespace condensate::kernels::block_select

@@ -1,0 +1,288 @@
+// The scan: pooled queries against every visible unit. Persistent CTAs of four warps; four tiles of
+// a KV head at a time, a warp each, share the units that are loaded. One pass finds each row's
+// softmax sum, the next the masses of blocks, of which the largest are kept.
+#pragma once
+
+#include "condensate/params.h"
+#include "kernels/block_select/eligible.h"
+#include "kernels/block_select/held_rows.h"
+#include "kernels/block_select/top_blocks.h"
+
+namespace condensate::kernels::block_select {
+
+// What a scan makes: shortlists, or the result itself.
+struct ScanOutput {
+    int32_t* indices;  // [tiles of all heads, width]
+    int32_t* counts;   // [tiles of all heads]
+    int64_t width;
+    uint32_t* candidates;  // per resident warp: capacity masses, capacity blocks
+    int64_t capacity;
+    int tiles_per_head;
+    int items;  // of four tiles
+};
+
+// Entries of an ascending list as bits of consecutive ranges of at most 64 blocks.
+struct ListCursor {
+    const int32_t* list;
+    int count;
+    int next = 0;
+
+    // Bit i: is block first + i listed? The whole warp calls it, ranges ascending.
+    __device__ uint64_t bits(int first, int blocks) {
+        constexpr unsigned kAll = 0xffffffffu;
+        uint32_t low = 0, high = 0;
+        for (;;) {
+            int i = next + static_cast<int>(threadIdx.x & 31);
+            int entry = i < count ? list[i] : INT_MAX;
+            bool inside = entry < first + blocks;
+            if (inside && entry - first < 32) low |= 1u << (entry - first);
+            if (inside && entry - first >= 32) high |= 1u << (entry - first - 32);
+            int taken = __popc(__ballot_sync(kAll, inside));
+            next += taken;
+            if (taken < 32) break;
+        }
+        low = __reduce_or_sync(kAll, low);
+        high = __reduce_or_sync(kAll, high);
+        return uint64_t{high} << 32 | low;
+    }
+};
+
+// What a warp keeps of its tile in shared memory.
+struct TileState {
+    device::TileRows tile;
+    EligibleBlocks eligible;
+    TopBlocks::Window window;
+    int32_t* list;
+    int blocks;  // that the tile reaches; 0: nothing to score
+    int item;    // of the CTA
+};
+
+template <class Traits>
+struct ScanSmem : Traits::Smem {
+    TileState tile[kWarps];
+    const typename Traits::T* summaries;  // of the KV head
+    int blocks;                           // that some tile of the CTA reaches
+};
+
+// A warp's work on one tile.
+template <class Traits>
+struct TileScan {
+    using T = typename Traits::T;
+    using Layout = ChunkLayout<Traits::kBlockUnits>;
+    using Scores = typename HeldRows<Traits>::Scores;
+    static constexpr int kMTiles = Traits::kMTiles;
+
+    ScanSmem<Traits>& smem;
+    const BlockSelectParams& params;
+    float scale_log2;
+    HeldRows<Traits> rows;
+
+    __device__ const TileState& state() const { return smem.tile[threadIdx.x / 32]; }
+
+    // Scores the level's units chunk by chunk: body(scores, first block of the chunk).
+    template <class Body>
+    __device__ __forceinline__ void sweep(UnitLevel level, Body&& body) {
+        const Ranges ranges = params.problem.ranges();
+        const int dim = summary_dim(Traits::kSelector, static_cast<int>(params.problem.head_dim));
+        const LevelStream<Traits> stream(smem.summaries, level, rows_per_block(Traits::kSelector),
+                                         static_cast<int>(num_blocks(ranges.kv_len)), dim);
+        const int seen_by_all = rows.seen_by_all(ranges, level.keys);
+        const int chunk_blocks = kChunkUnits / level.per_block;
+        auto load = [&](int step, int stage) {
+            stream.template copy<Traits::kBlockUnits>(ptx::smem_address(smem.stages[stage]), step);
+        };
+        auto score = [&](int step, int stage) {
+            const int first_block = step * chunk_blocks, first_unit = step * kChunkUnits;
+            if (first_block >= state().blocks) return;
+            Scores s;
+            rows.score(s, stage);
+            if (first_unit + kChunkUnits > seen_by_all) {
+                rows.template mask<Traits::kBlockUnits>(s, ranges, level.keys, [&](int v) {
+                    return first_unit + Layout::block(v) * Traits::kBlockUnits;
+                });
+            }
+            body(s, first_block);
+        };
+        pipeline<Traits>((smem.blocks + chunk_blocks - 1) / chunk_blocks, load, score);
+    }
+
+    __device__ __forceinline__ void find_norm() {
+        device::OnlineSoftmax<kMTiles> softmax;
+        sweep(scan_levels(Traits::kSelector).norm, [&](Scores& s, int) {
+            float rescale[kMTiles][2];
+            softmax.raise(s, scale_log2, rescale);
+            softmax.weigh(s, scale_log2);
+        });
+        rows.normalise(softmax);
+    }
+
+    __device__ __forceinline__ void find_top(TopBlocks& top) {
+        const int lane = threadIdx.x & 31;
+        sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
+            rows.weigh(s, scale_log2);
+            float mass[Layout::kLaneBlocks];
+            tile_masses<Traits::kBlockUnits>(mass, s);
+            const EligibleBlocks eligible = state().eligible;
+            const int block = first_block + lane;
+            top.add(lane < Layout::kBlocks && eligible.contains(block), mass[0], block);
+            if constexpr (Layout::kBlocks == 64)
+                top.add(eligible.contains(block + 32), mass[1], block + 32);
+            top.make_room();
+        });
+    }
+
+    // Adds up each row's weights in blocks for which neither `listed` nor `covers(block)` holds.
+    template <class Covers>
+    __device__ __forceinline__ void sum_outside(float (&outside)[kMTiles][2], ListCursor listed,
+                                                Covers&& covers) {
+        sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
+            rows.weigh(s, scale_log2);
+            const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
+            for_each_block<Traits::kBlockUnits>(s, [&](int v, int m, int half, float weight) {
+                int block = Layout::block(v);
+                bool counts = !(inside >> block & 1) && !covers(first_block + block);
+                outside[m][half] += counts ? finite_mass(weight) : 0.0f;
+            });
+        });
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                outside[m][half] = device::quad_sum(outside[m][half]);
+    }
+
+    // The estimate; for shortlists what the refinement turns into it, the log2 of the sum that was
+    // scored for blocks which it will not look at.
+    __device__ __forceinline__ void estimate(int list_count);
+};
+
+// Writes a pooled row's value to the estimates of the queries of its pool.
+template <class Value>
+__device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
+                                                const device::TileRows& tile, Value&& value) {
+    const PooledRows pooled(tile);
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float x = value(m, half);
+            int row = 16 * m + 8 * half + static_cast<int>(threadIdx.x & 31) / 4;
+            int position = threadIdx.x & 3;
+            if (position >= pooled.size(tile, row)) continue;
+            int64_t head = tile.batch * params.problem.query_heads + pooled.head(tile, row);
+            params.omitted_mass_estimate[head * params.problem.query_len +
+                                         pooled.first_query(tile, row) + position] = x;
+        }
+    }
+}
+
+template <class Traits>
+__device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
+    const ListCursor listed{state().list, list_count};
+    float outside[kMTiles][2] = {};
+    if constexpr (Traits::kShortlists) {
+        const RangeBlocks walked(params.problem.ranges(), state().tile.span());
+        sum_outside(outside, listed, [&](int block) { return walked.contains(block); });
+    } else {
+        sum_outside(outside, listed, [&](int block) { return !state().eligible.contains(block); });
+    }
+    if (state().blocks == 0) return;
+    write_estimates(params, state().tile, [&](int m, int half) {
+        float sum = outside[m][half];
+        if constexpr (!Traits::kShortlists) return fminf(sum, 1.0f);
+        return sum > 0.0f ? log2f(fminf(sum, FLT_MAX)) + smem.norm[rows.row(m, half)] : -INFINITY;
+    });
+}
+
+// Prepares the warp's tile, if there is one. Returns whether it must be scored; if not, its list is
+// complete.
+template <class Traits>
+__device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSelectParams& params,
+                                           const ScanOutput& output, const device::TileRows& tile,
+                                           bool exists, int item) {
+    const int lane = threadIdx.x & 31;
+    const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+    int32_t* list = output.indices + tile.tile_index * output.width;
+    const bool scores = exists && eligible.count() > output.width;
+    __syncwarp();  // nobody reads the previous tile's state any more
+    if (lane == 0) {
+        int64_t resident_warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+        uint32_t* masses = output.candidates + resident_warp * 2 * output.capacity;
+        int capacity = static_cast<int>(output.capacity);
+        state_smem = {tile,
+                      eligible,
+                      {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity,
+                       static_cast<int>(output.width)},
+                      list,
+                      scores ? reachable_blocks(params.problem.ranges(), tile.span()) : 0,
+                      item};
+    }
+    __syncwarp();
+    if (exists && !scores) {
+        write_all(eligible, list, output.width);
+        if (lane == 0) output.counts[tile.tile_index] = eligible.count();
+        if (params.omitted_mass_estimate) {
+            float nothing = Traits::kShortlists ? -INFINITY : 0.0f;
+            write_estimates(params, tile, [&](int, int) { return nothing; });
+        }
+    }
+    return scores;
+}
+
+// Work item = four consecutive tiles of a KV head; items run longest first within a head.
+template <class Traits>
+__global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
+    block_scan_kernel(const __grid_constant__ BlockSelectParams params,
+                      const __grid_constant__ ScanOutput output) {
+    using T = typename Traits::T;
+    extern __shared__ __align__(128) char smem_bytes[];
+    auto& smem = *reinterpret_cast<ScanSmem<Traits>*>(smem_bytes);
+
+    const Problem& problem = params.problem;
+    const int warp = threadIdx.x / 32;
+    const int tiles = output.tiles_per_head;
+    const int items_per_head = (tiles + kWarps - 1) / kWarps;
+
+    for (int item = blockIdx.x; item < output.items;
+         item = smem.tile[warp].item + static_cast<int>(gridDim.x)) {
+        const int head = item / items_per_head;
+        const int first_tile = (items_per_head - 1 - item % items_per_head) * kWarps;
+        const bool exists = first_tile + warp < tiles;
+        const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
+        const bool scores = begin_tile<Traits>(smem.tile[warp], params, output, tile, exists, item);
+        if (!__syncthreads_or(scores)) continue;
+
+        if (threadIdx.x == 0) {
+            int dim = summary_dim(Traits::kSelector, static_cast<int>(problem.head_dim));
+            smem.summaries = static_cast<const T*>(params.summaries) +
+                             head * summary_rows(Traits::kSelector, problem.kv_len) * dim;
+            TileSpan last = tile_span(min(first_tile + kWarps, tiles) - 1, tile.positions,
+                                      problem.query_len, problem.kv_len);
+            smem.blocks = reachable_blocks(problem.ranges(), last);
+        }
+        TileScan<Traits> scan{smem, params, problem.scale * 1.44269504088896341f,
+                              HeldRows<Traits>(smem)};
+        const PooledRows pooled(tile);
+        load_pooled_queries<Traits>(ptx::smem_address(smem.stages), params, tile, pooled);
+        scan.rows.hold([&](int row) {
+            row %= Traits::kWarpRows;
+            return scores && pooled.size(tile, row) > 0
+                       ? static_cast<int>(pooled.last_position(tile, row))
+                       : kNoRow;
+        });
+        __syncthreads();  // all rows are in registers: the stages are free
+
+        scan.find_norm();
+        int count = 0;
+        if (output.width > 0) {
+            TopBlocks top(smem.tile[warp].window, smem.histogram[warp]);
+            scan.find_top(top);
+            if (scores) count = top.store(smem.tile[warp].list, output.width);
+        }
+        if (scores && (threadIdx.x & 31) == 0)
+            output.counts[smem.tile[warp].tile.tile_index] = count;
+        if (params.omitted_mass_estimate) scan.estimate(count);
+    }
+}
+
+}  // namespace condensate::kernels::block_select

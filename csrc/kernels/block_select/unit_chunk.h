@@ -1,0 +1,120 @@
+// Chunks of 64 units in shared memory, laid out so that the accumulators of a lane hold whole
+// blocks, and the pipeline that streams them.
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/geometry.h"
+#include "device/smem_tile.h"
+#include "kernels/block_select/traits.h"
+
+namespace condensate::kernels::block_select {
+
+// A lane's accumulators of one row are columns 2 t and 2 t + 1 (t = lane % 4) of eight 8-column
+// tiles: 16 places, place p in tile p / 2. Block b of the chunk goes to lane b % 4, its units side
+// by side, so that sums over a block need no shuffle. `row` only permutes the bits of `unit`.
+template <int kBlockUnits>
+struct ChunkLayout {
+    static constexpr int kBlocks = kChunkUnits / kBlockUnits;  // of a chunk
+    static constexpr int kLaneBlocks = kBlocks / 4;
+
+    // Where unit `unit` of the chunk lies.
+    CONDENSATE_HOST_DEVICE static int row(int unit) {
+        int block = unit / kBlockUnits;
+        int place = block / 4 * kBlockUnits + unit % kBlockUnits;
+        return place / 2 * 8 + block % 4 * 2 + place % 2;
+    }
+    // Block of the chunk whose units are places v * kBlockUnits and on of this lane.
+    static __device__ __forceinline__ int block(int v) {
+        return 4 * v + static_cast<int>(threadIdx.x & 3);
+    }
+};
+
+// Who copies what: a thread copies 16 bytes of every kPassUnits-th unit.
+template <class Traits>
+struct CopyShape {
+    static constexpr int kChunks = Traits::kDim / 8;
+    static constexpr int kPassUnits = kThreads / kChunks;
+    static constexpr int kPasses = kChunkUnits / kPassUnits;
+    static_assert(kPassUnits % 4 == 0 && 16 % kPassUnits == 0, "4 or 16 units of a block");
+
+    static __device__ __forceinline__ int unit() { return static_cast<int>(threadIdx.x) / kChunks; }
+    static __device__ __forceinline__ int channel() {
+        return static_cast<int>(threadIdx.x) % kChunks * 8;
+    }
+};
+
+template <class T>
+struct UnitSource {
+    const T* gmem;
+    bool exists;  // else zeros
+};
+
+// Starts copying a chunk; source(pass) is the UnitSource of this thread's 16 bytes in that pass.
+template <class Traits, int kBlockUnits, class Source>
+__device__ __forceinline__ void copy_chunk_async(uint32_t stage_smem, Source&& source) {
+    using Shape = CopyShape<Traits>;
+    using Layout = ChunkLayout<kBlockUnits>;
+    const uint32_t lane_smem = stage_smem + device::tile_offset<Traits::kDim>(
+                                                Layout::row(Shape::unit()), Shape::channel() / 8);
+#pragma unroll
+    for (int pass = 0; pass < Shape::kPasses; ++pass) {
+        // Bits of row(pass * kPassUnits) and of row(unit()) are apart, so rows and swizzles add up.
+        int row = Layout::row(pass * Shape::kPassUnits);
+        UnitSource<typename Traits::T> from = source(pass);
+        ptx::cp_async_16((lane_smem ^ ((row & 7) << 4)) + row * (Traits::kDim * 2), from.gmem,
+                         from.exists);
+    }
+}
+
+// All units of one level of a KV head in order, for copy_chunk_async.
+template <class Traits>
+struct LevelStream {
+    using T = typename Traits::T;
+    using Shape = CopyShape<Traits>;
+    const T* lane_gmem;  // this thread's part of chunk 0
+    int pass_stride;     // elements
+    int chunk_stride;
+    int lane_units;  // of the level, counted from this thread's first one
+
+    __device__ __forceinline__ LevelStream(const T* summaries, UnitLevel level, int rows_per_block,
+                                           int num_blocks, int dim)
+        : lane_gmem(summaries + summary_row(level, rows_per_block, Shape::unit()) * dim +
+                    Shape::channel()),
+          pass_stride(Shape::kPassUnits / level.per_block * rows_per_block * dim),
+          chunk_stride(kChunkUnits / level.per_block * rows_per_block * dim),
+          lane_units(Shape::channel() < dim ? num_blocks * level.per_block - Shape::unit() : 0) {}
+
+    template <int kBlockUnits>
+    __device__ __forceinline__ void copy(uint32_t stage_smem, int chunk) const {
+        const T* src = lane_gmem + int64_t{chunk} * chunk_stride;
+        const int left = lane_units - chunk * kChunkUnits;
+        copy_chunk_async<Traits, kBlockUnits>(stage_smem, [&](int pass) {
+            return UnitSource<T>{src + pass * pass_stride, pass * Shape::kPassUnits < left};
+        });
+    }
+};
+
+// Calls load(step, stage) ahead of body(step, stage). One barrier a step, before its body, and one
+// at the end, after which the stages are free; all threads of the CTA call it.
+template <class Traits, class Load, class Body>
+__device__ __forceinline__ void pipeline(int steps, Load&& load, Body&& body) {
+    constexpr int kStages = Traits::kStages;
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) {
+        if (step < steps) load(step, step);
+        ptx::cp_async_commit();
+    }
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();  // this chunk has landed; nobody reads the one before it any more
+        const int ahead = step + kStages - 1;
+        if (ahead < steps) load(ahead, ahead % kStages);
+        ptx::cp_async_commit();
+        body(step, step % kStages);
+    }
+    __syncthreads();
+}
+
+}  // namespace condensate::kernels::block_select
