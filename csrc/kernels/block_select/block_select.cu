@@ -1,5 +1,4 @@
-// Chooses the instantiations of scan and refinement: element type, padded dimension, selector,
-// rows.
+// Chooses the instantiations: element type, padded dimension, selector, rows.
 #include "kernels/block_select/estimate.h"
 #include "kernels/block_select/refine.h"
 #include "kernels/block_select/scan.h"
@@ -22,6 +21,14 @@ struct Call {
         const Problem& p = params.problem;
         return static_cast<int>(num_tiles(p.query_len, p.group()));
     }
+    // Of `most` persistent CTAs as many as can be resident at once.
+    int64_t resident(int64_t most, int64_t smem_bytes) const {
+        constexpr int64_t kReserved =
+            1024;  // bytes of shared memory that the system takes of a CTA
+        int64_t per_sm =
+            max_i64((context.max_smem_per_block_bytes + kReserved) / (smem_bytes + kReserved), 1);
+        return min_i64(most, per_sm * context.sm_count);
+    }
     template <class T>
     T* at(int64_t offset) const {
         return reinterpret_cast<T*>(static_cast<char*>(params.workspace) + offset);
@@ -43,9 +50,10 @@ Status scan(const Call& call) {
         output.indices = call.at<int32_t>(w.indices);
         output.counts = call.at<int32_t>(w.counts);
     }
-    return launch(block_scan_kernel<Traits>, "block_scan_sm80",
-                  {scan_ctas(call.params, call.context.sm_count)}, kThreads,
-                  sizeof(ScanSmem<Traits>), call.context, call.params, output);
+    constexpr int64_t kSmemBytes = sizeof(ScanSmem<Traits>);
+    int64_t ctas = call.resident(scan_ctas(call.params, call.context.sm_count), kSmemBytes);
+    return launch(block_scan_kernel<Traits>, "block_scan_sm80", {ctas}, kThreads, kSmemBytes,
+                  call.context, call.params, output);
 }
 
 template <class T, int kDim, int kMTiles>
@@ -55,13 +63,14 @@ Status refine(const Call& call) {
     const int64_t tiles = all_tiles(call.params.problem);
     const Shortlists shortlists = {call.at<int32_t>(w.indices), call.at<int32_t>(w.counts),
                                    static_cast<int>(w.width)};
-    Status status = launch(block_refine_kernel<Traits>, "block_refine_sm80",
-                           {refine_ctas(call.params, call.context.sm_count)}, kThreads,
-                           sizeof(RefinedSmem<Traits>), call.context, call.params, shortlists,
+    constexpr int64_t kSmemBytes = sizeof(RefinedSmem<Traits>);
+    int64_t ctas = call.resident(refine_ctas(call.params, call.context.sm_count), kSmemBytes);
+    Status status = launch(block_refine_kernel<Traits>, "block_refine_sm80", {ctas}, kThreads,
+                           kSmemBytes, call.context, call.params, shortlists,
                            call.at<uint32_t>(w.scratch), static_cast<int>(tiles));
     if (!status.ok() || !call.params.omitted_mass_estimate) return status;
     return launch(block_estimate_kernel<Traits>, "block_estimate_sm80", {tiles}, kThreads,
-                  sizeof(RefinedSmem<Traits>), call.context, call.params, shortlists);
+                  kSmemBytes, call.context, call.params, shortlists);
 }
 
 template <class T, int kDim>
