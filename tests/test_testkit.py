@@ -30,7 +30,7 @@ def test_supports_of_a_written_out_example():
 
 def test_tiles_are_the_documented_ones():
     assert [definition.tile_positions(g) for g in (1, 2, 3, 4, 8, 64)] == [64, 64, 32, 32, 16, 2]
-    assert [definition.query_pool(g) for g in (1, 8, 32, 33, 64)] == [4, 4, 4, 2, 2]
+    assert [definition.pool_size(g, 8) for g in (1, 8, 16, 17, 33, 64)] == [8, 8, 8, 4, 2, 2]
 
 
 def test_list_entries_that_fall_or_leave_the_range_are_skipped():

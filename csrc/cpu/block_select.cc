@@ -1,6 +1,6 @@
 // One list of blocks per tile. Pooled queries scan the summaries of all blocks; for `block` what
-// they find heaviest is scored again by every query. A block's sums are kept as maximum and sum of
-// exponentials, so that nothing overflows before the norm is known.
+// they find heaviest is scored again by pairs of queries. A block's sums are kept as maximum and
+// sum of exponentials, so that nothing overflows before the norm is known.
 #include <algorithm>
 #include <cmath>
 
@@ -117,21 +117,20 @@ class TileSelection {
     // ---- Queries ----
 
     // Means of consecutive queries, rounded as they would be stored; for quest split by sign.
-    void pool_queries() {
-        const int group = p_.group(), size = query_pool(group);
-        QueryRows& pools = s_.pools.rows;
+    void pool_queries(QueryRows& pools, int most) {
+        const int group = p_.group(), size = pool_size(group, most);
         pools.clear();
         for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
-            for (int64_t i = begin_; i < end_; i += size) pool_one(h, i, min_i64(i + size, end_));
-        for (int row = pools.count; row < s_.pools.padded(); ++row) {
+            for (int64_t i = begin_; i < end_; i += size)
+                pool_one(pools, h, i, min_i64(i + size, end_));
+        for (int row = pools.count; row < pools.panel_count() * kPanelRows; ++row) {
             std::fill(pools.line, pools.line + s_.dim, 0.0f);
             pools.put_line(row, s_.dim);
         }
     }
 
-    void pool_one(int64_t h, int64_t first, int64_t end) {
+    void pool_one(QueryRows& pools, int64_t h, int64_t first, int64_t end) {
         const int64_t dim = p_.head_dim;
-        QueryRows& pools = s_.pools.rows;
         float* sum = pools.line;
         float* query = s_.units.scores();  // not in use yet
         std::fill(sum, sum + dim, 0.0f);
@@ -151,15 +150,6 @@ class TileSelection {
         const int row = pools.count;
         pools.add(p_, h, end - 1);
         pools.put_line(row, s_.dim);
-    }
-
-    void load_queries() {
-        const int group = p_.group();
-        QueryRows& rows = s_.queries.rows;
-        rows.clear();
-        for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
-            for (int64_t i = begin_; i < end_; ++i) rows.add(p_, h, i);
-        rows.load(ops_, p_, params_.query, batch_);
     }
 
     // ---- Sums over units ----
@@ -191,7 +181,7 @@ class TileSelection {
 
     // Masses of all blocks for the pooled queries, in place of the blocks' sums.
     void scan() {
-        pool_queries();
+        pool_queries(s_.pools.rows, kScanPool);
         for (int64_t block = 0; block < blocks_; ++block)
             s_.visited[block] = static_cast<int32_t>(block);
         const ScoringLevels levels = scan_levels(params_.selector);
@@ -254,11 +244,11 @@ class TileSelection {
             s_.visited[walked_++] = static_cast<int32_t>(step.block);
     }
 
-    // Every query's masses of the shortlisted blocks, from their fine units.
+    // The query pairs' masses of the shortlisted blocks, from their fine units.
     void refine(int64_t shortlisted) {
         ScoredRows& queries = s_.queries;
         const BlockList walked{s_.visited, walked_};
-        load_queries();
+        pool_queries(queries.rows, kRefinementPool);
         queries.start_norm();
         score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);
         queries.finish_norm();
@@ -314,7 +304,7 @@ class TileSelection {
             for (int pool = 0; pool < pools.rows.count; ++pool)
                 s_.omitted[pool] += double{mass[pool]};
         }
-        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[pool_of(g, i)]; });
+        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[pool_of(g, i, kScanPool)]; });
     }
 
     // Fine units inside the walk; outside of it four times the middle ones of the pool, which stand
@@ -333,9 +323,9 @@ class TileSelection {
             }
         }
         store_estimate([&](int64_t g, int64_t i) {
-            const int64_t row = g * (end_ - begin_) + i - begin_;
-            const double rest =
-                4 * std::exp(double{s_.rest[pool_of(g, i)]} - double{queries.norm_max[row]});
+            const int64_t row = pool_of(g, i, kRefinementPool);
+            const double rest = 4 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]} -
+                                             double{queries.norm_max[row]});
             const double total = s_.total[row] + rest;
             return total > 0 ? (s_.omitted[row] + rest) / total : 0.0;
         });
@@ -346,17 +336,19 @@ class TileSelection {
         ScoredRows& queries = s_.queries;
         std::fill(queries.norm_inverse, queries.norm_inverse + kMaxRows, 1.0f);
         const int64_t padded = queries.padded();
+        const int64_t size = pool_size(p_.group(), kRefinementPool);
+        const int64_t per_head = ceil_div(end_ - begin_, size);
         for (int64_t row = 0; row < queries.rows.count; ++row) {
-            const int64_t i = begin_ + row % (end_ - begin_), g = row / (end_ - begin_);
-            float base = s_.rest[pool_of(g, i)];
+            const int64_t i = begin_ + row % per_head * size, g = row / per_head;
+            float base = s_.rest[pool_of(g, i, kScanPool)];
             for (int64_t n = 0; n < walked_; ++n)
                 base = std::max(base, s_.block_max[n * padded + row]);
             queries.norm_max[row] = std::isfinite(base) ? base : 0.0f;
         }
     }
 
-    int64_t pool_of(int64_t g, int64_t i) const {
-        const int size = query_pool(p_.group());
+    int64_t pool_of(int64_t g, int64_t i, int most) const {
+        const int size = pool_size(p_.group(), most);
         return g * ceil_div(end_ - begin_, size) + (i - begin_) / size;
     }
 

@@ -197,6 +197,9 @@ Status launch(const BlockSummaryParams& p, Path, const LaunchContext& context) {
     return kernels::block_summary(p, context);
 }
 Status launch(const BlockSelectParams& p, Path path, const LaunchContext& context) {
+#if defined(CONDENSATE_WITH_SM90A)
+    if (path == Path::kSm90) return kernels::block_select_sm90(p, context);
+#endif
     return path == Path::kSm80 ? kernels::block_select_sm80(p, context)
                                : kernels::block_select_simt(p, context);
 }
@@ -220,8 +223,8 @@ Status launch(const MergeStatesParams& p, Path, const LaunchContext& context) {
 }
 
 int64_t cuda_workspace_bytes(const BlockSelectParams& p, Path path, int sm_count) {
-    return path == Path::kSm80 ? kernels::block_select_sm80_workspace_bytes(p, sm_count)
-                               : kernels::block_select_simt_workspace_bytes(p, sm_count);
+    return path == Path::kSimt ? kernels::block_select_simt_workspace_bytes(p, sm_count)
+                               : kernels::block_select_workspace_bytes(p, sm_count);
 }
 
 template <class Params>

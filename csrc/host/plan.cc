@@ -15,6 +15,7 @@ bool runs_on_cuda(Path path) { return path != Path::kCpuReference && path != Pat
 
 // Stages without wgmma kernels run their sm80 ones when sm90 is forced.
 bool has_sm90_kernel(const PlanRequest& request) {
+    if (request.stage == Stage::kSelectBlocks) return request.selector == Selector::kBlock;
     return request.stage == Stage::kAttention && !request.given_tokens;
 }
 
@@ -23,10 +24,10 @@ bool has_one_cuda_kernel(Stage stage) {
     return stage == Stage::kBlockSummaries || stage == Stage::kMergeStates;
 }
 
-// What block_select_sm80 holds: a warp's 32 pooled queries, and their tile in 99 KB of shared
-// memory.
-constexpr int kMaxSelectGroup = 32;
-constexpr int kMaxSummaryDim = 256;
+// Query heads per KV head whose pooled queries fit a warp's 16 rows, or its 32 (block alone).
+constexpr int kNarrowGroup = 16;
+constexpr int kWideGroup = 32;
+constexpr int kMaxSummaryDim = 256;  // a stage of summaries in 99 KB of shared memory
 
 // Null when the sm80 path can run the call, otherwise why not.
 const char* sm80_obstacle(const PlanRequest& request, const DeviceFacts& facts) {
@@ -35,7 +36,9 @@ const char* sm80_obstacle(const PlanRequest& request, const DeviceFacts& facts) 
     if (!request.aligned) return "a pointer or stride is not a multiple of 16 bytes";
     if (request.stage == Stage::kSelectBlocks) {
         const Problem& p = request.problem;
-        if (p.group() > kMaxSelectGroup) return "more than 32 query heads per KV head to score";
+        if (p.group() > kWideGroup) return "more than 32 query heads per KV head to score";
+        if (p.group() > kNarrowGroup && request.selector != Selector::kBlock)
+            return "more than 16 query heads per KV head to score";
         if (summary_dim(request.selector, static_cast<int>(p.head_dim)) > kMaxSummaryDim)
             return "summaries of more than 256 elements";
     }
@@ -48,8 +51,10 @@ const char* sm90_obstacle(const PlanRequest& request, const DeviceFacts& facts) 
     if (const char* obstacle = sm80_obstacle(request, facts)) return obstacle;
     if (facts.sm_major != 9 || !facts.sm90a_kernels)
         return "not compute capability 9.0, or a build without 90a";
+    if (p.group() > kNarrowGroup) return "more than 16 query heads per KV head";
+    if (request.stage == Stage::kSelectBlocks)
+        return p.head_dim > 128 ? "summaries of more than 128 elements" : nullptr;
     if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
-    if (tile_positions(p.group()) < 8) return "more than 16 query heads per KV head";
     if (p.query_len < tile_positions(p.group())) return "fewer queries than a tile";
     if (p.kv_len < 1) return "no keys";
     if (!request.boxed) return "a stride that the copy engine cannot take";
@@ -65,7 +70,7 @@ Path best_cuda_path(const PlanRequest& request, const DeviceFacts& facts, const 
     if (!has_sm90_kernel(request)) return Path::kSm80;
     *reason = sm90_obstacle(request, facts);
     if (*reason != nullptr) return Path::kSm80;
-    *reason = "half precision, whole tiles, sm 9.0";
+    *reason = "half precision, aligned, sm 9.0";
     return Path::kSm90;
 }
 

@@ -19,9 +19,10 @@ Status block_summary(const BlockSummaryParams& params, const LaunchContext& cont
 Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
 
 // sm90: wgmma, in builds with CONDENSATE_WITH_SM90A. sm80: mma.sync, float16 and bfloat16. simt: FFMA, every dtype; the only path of float32.
-int64_t block_select_sm80_workspace_bytes(const BlockSelectParams& params, int sm_count);
+int64_t block_select_workspace_bytes(const BlockSelectParams& params, int sm_count);
 int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int sm_count);
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context);
+Status block_select_sm90(const BlockSelectParams& params, const LaunchContext& context);
 Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context);
 Status token_select_sm80(const TokenSelectParams& params, const LaunchContext& context);
 Status token_select_simt(const TokenSelectParams& params, const LaunchContext& context);

@@ -184,7 +184,8 @@ Blocks heaviest(const Blocks& blocks, const std::vector<Acc>& mass, int64_t widt
 template <class Acc>
 Blocks scan(const Tile& t, const Blocks& eligible, int64_t width) {
     if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
-    const std::vector<Query> pools = pooled_queries<Acc>(t, query_pool(t.params.problem.group()));
+    const std::vector<Query> pools =
+        pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kScanPool));
     return heaviest(
         eligible,
         largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t), eligible),
@@ -203,10 +204,11 @@ Blocks walked_blocks(const Tile& t, const Blocks& shortlist) {
     return walked;
 }
 
-// The `width` shortlisted blocks that single queries find heaviest.
+// The `width` shortlisted blocks that pairs of queries find heaviest.
 template <class Acc>
 Blocks refine(const Tile& t, const Blocks& shortlist, int64_t width) {
-    const std::vector<Query> queries = pooled_queries<Acc>(t, 1);
+    const std::vector<Query> queries =
+        pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kRefinementPool));
     return heaviest(
         shortlist,
         largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist), shortlist),
@@ -242,20 +244,26 @@ Acc refined_omission(const Tile& t, const Query& query, const Query& pooled, con
     return mass_of(log_sum(left), log_sum(all));
 }
 
+// The mean of the pool of at most `most` queries that query i of head h belongs to.
+template <class Acc>
+Query pool_around(const Tile& t, int64_t h, int64_t i, int most) {
+    const int64_t size = pool_size(t.params.problem.group(), most);
+    const int64_t first = t.begin + (i - t.begin) / size * size;
+    return pool<Acc>(t, h, first, min_i64(first + size, t.end));
+}
+
 template <class Acc>
 void store_estimate(const Tile& t, const Blocks& left_out, const Blocks& walked) {
     const Problem& p = t.params.problem;
-    const int64_t size = query_pool(p.group());
     for (int64_t h = t.first_head(); h < t.end_head(); ++h)
         for (int64_t i = t.begin; i < t.end; ++i) {
             Acc omitted = 0;
             if (!left_out.empty()) {
-                const int64_t first = t.begin + (i - t.begin) / size * size;
-                const Query pooled = pool<Acc>(t, h, first, min_i64(first + size, t.end));
+                const Query scanned = pool_around<Acc>(t, h, i, kScanPool);
                 omitted = t.params.selector == Selector::kBlock
-                              ? refined_omission<Acc>(t, pool<Acc>(t, h, i, i + 1), pooled,
-                                                      left_out, walked)
-                              : scanned_omission<Acc>(t, pooled, left_out);
+                              ? refined_omission<Acc>(t, pool_around<Acc>(t, h, i, kRefinementPool),
+                                                      scanned, left_out, walked)
+                              : scanned_omission<Acc>(t, scanned, left_out);
             }
             t.params.omitted_mass_estimate[(t.b * p.query_heads + h) * p.query_len + i] =
                 static_cast<float>(omitted);

@@ -84,8 +84,10 @@ TEST(Geometry, TilePositionsFillTheRowsWithPowersOfTwo) {
         EXPECT_LE(positions * group, kTileRows) << group;
         EXPECT_LE(positions, kMaxTilePositions) << group;
         EXPECT_TRUE(positions == kMaxTilePositions || 2 * positions * group > kTileRows) << group;
-        EXPECT_EQ(positions % query_pool(group), 0) << group;
-        EXPECT_EQ(query_pool(group), std::min(positions, kQueryPool)) << group;
+        for (int most : {kRefinementPool, kScanPool}) {
+            EXPECT_EQ(positions % pool_size(group, most), 0) << group;
+            EXPECT_EQ(pool_size(group, most), std::min(positions, most)) << group;
+        }
     }
     EXPECT_EQ(tile_positions(1), 64);
     EXPECT_EQ(tile_positions(2), 64);

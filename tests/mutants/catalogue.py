@@ -107,7 +107,7 @@ CPU = (
         "pool_mean_over_wrong_count",
         "cpu/block_select.cc",
         "sum[d] / static_cast<float>(end - first)",
-        "sum[d] / static_cast<float>(query_pool(p_.group()))",
+        "sum[d] / static_cast<float>(pool_size(p_.group(), kScanPool))",
         BLOCKS,
     ),
     Mutant(

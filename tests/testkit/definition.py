@@ -22,9 +22,12 @@ def tile_positions(group: int) -> int:
     return max(p for p in (1, 2, 4, 8, 16, 32, 64) if p == 1 or p * group <= 128)
 
 
-def query_pool(group: int) -> int:
+SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at most
+
+
+def pool_size(group: int, most: int) -> int:
     """Queries averaged into one pooled query."""
-    return min(4, tile_positions(group))
+    return min(most, tile_positions(group))
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -21,9 +21,11 @@ from tests.testkit.definition import (
     FINE,
     LEVELS,
     MIDDLE,
+    REFINEMENT_POOL,
+    SCAN_POOL,
     Ranges,
     ceil_div,
-    query_pool,
+    pool_size,
     spread_to_rows,
     tile_positions,
 )
@@ -92,10 +94,10 @@ def _runs(rows: Tensor, size: int) -> Tensor:
     return filled.unflatten(2, (count, size))
 
 
-def pooled_queries(query: Tensor, group: int) -> Tensor:
+def pooled_queries(query: Tensor, pool: int) -> Tensor:
     """Means over the positions of each pool, in float32, rounded to the query's dtype."""
-    runs = _runs(query.float(), query_pool(group))
-    exists = _runs(torch.ones_like(query[:1, :1, :, :1], dtype=torch.float32), query_pool(group))
+    runs = _runs(query.float(), pool)
+    exists = _runs(torch.ones_like(query[:1, :1, :, :1], dtype=torch.float32), pool)
     return (runs.sum(3) / exists.sum(3)).to(query.dtype)
 
 
@@ -151,15 +153,15 @@ class Scores:
 
     @cached_property
     def fine(self) -> LogSums:
-        return self._log_sums(FINE, pooled=False)
+        return self._log_sums(FINE, REFINEMENT_POOL)
 
     @cached_property
     def middle(self) -> LogSums:
-        return self._log_sums(MIDDLE, pooled=False)
+        return self._log_sums(MIDDLE, REFINEMENT_POOL)
 
-    def _log_sums(self, size: int, pooled: bool = True) -> LogSums:
-        d, pool = self.query.shape[-1], query_pool(self.group) if pooled else 1
-        rows = (pooled_queries(self.query, self.group) if pooled else self.query).double()
+    def _log_sums(self, size: int, most_pooled: int = SCAN_POOL) -> LogSums:
+        d, pool = self.query.shape[-1], pool_size(self.group, most_pooled)
+        rows = pooled_queries(self.query, pool).double()
         unit = oracle.expand_heads(level_of(self.summaries, self.selector, size), self.heads)
         if self.selector == "quest":
             high, low = unit.split(d, -1)
@@ -170,7 +172,7 @@ class Scores:
         score = (self.factor * score).masked_fill(~self._visible(size, pool), -torch.inf)
         per_block = BLOCK_KEYS // size
         by_block = score.unflatten(-1, (score.shape[-1] // per_block, per_block))
-        return LogSums(torch.logsumexp(by_block, -1), self._error(rows, unit, pooled))
+        return LogSums(torch.logsumexp(by_block, -1), self._error(rows, unit))
 
     def _visible(self, size: int, pool: int) -> Tensor:
         """[rows, units]: is the unit's last key at or before the row's last query?"""
@@ -183,7 +185,7 @@ class Scores:
         seen = seen & (last <= position) if r.causal else seen
         return seen.to(r.device)
 
-    def _error(self, rows: Tensor, unit: Tensor, pooled: bool) -> float:
+    def _error(self, rows: Tensor, unit: Tensor) -> float:
         """Accumulation in float32, rounding of the exponential's argument, and pooled queries
         that round the other way."""
         if not rows.numel() or not unit.numel():
@@ -193,22 +195,22 @@ class Scores:
         if self.exact:
             return 4 * oracle.EPS * size + SUM_ERROR
         flip = 0.0
-        if pooled and self.query.dtype != torch.float32:
+        if self.query.dtype != torch.float32:
             largest = float((rows.amax((0, 1, 2)) * unit.amax((0, 1, 2))).max())
             flip = 4 * oracle.UNIT_ROUNDOFF[self.query.dtype] * abs(self.factor) * largest
         return (2 * (rows.shape[-1] + 4) + 4) * oracle.EPS * size + flip + SUM_ERROR
 
     # Masses of tiles: [B, Hkv, T, blocks].
 
-    def _of_tiles(self, per_row: Tensor, rows_per_tile: int) -> Tensor:
-        tiled = _runs(per_row, rows_per_tile).amax(3)
+    def _of_tiles(self, per_pool: Tensor, most_pooled: int) -> Tensor:
+        pools = tile_positions(self.group) // pool_size(self.group, most_pooled)
+        tiled = _runs(per_pool, pools).amax(3)
         return tiled.unflatten(1, (self.heads // self.group, self.group)).amax(2)
 
     @cached_property
     def scanned(self) -> Tensor:
         """Masses of the scan."""
-        pools = tile_positions(self.group) // query_pool(self.group)
-        return self._of_tiles(masses(self.scan_part, self.scan_whole), pools)
+        return self._of_tiles(masses(self.scan_part, self.scan_whole), SCAN_POOL)
 
     @property
     def scan_error(self) -> float:
@@ -220,9 +222,9 @@ class Scores:
 
     def refined(self, walked: Tensor) -> Tensor:
         """Masses of the refinement when `walked` [B, Hkv, T, blocks] is W."""
-        counted = spread_to_rows(walked, self.heads, self.query.shape[2])
-        mass = masses(self.fine, self.middle, counted)
-        return self._of_tiles(mass, tile_positions(self.group))
+        pool = pool_size(self.group, REFINEMENT_POOL)
+        counted = spread_to_rows(walked, self.heads, self.query.shape[2])[:, :, ::pool]
+        return self._of_tiles(masses(self.fine, self.middle, counted), REFINEMENT_POOL)
 
 
 # ---- Lists ----
@@ -367,14 +369,16 @@ def estimated_omission(scores: Scores, chosen: Tensor, budget: int) -> tuple[Ten
         return spread_to_rows(per_tile.expand(chosen.shape), heads, query_len)
 
     left = rows(scores.eligible & ~chosen)
-    pool = torch.arange(query_len, device=chosen.device) // query_pool(scores.group)
+    row = torch.arange(query_len, device=chosen.device)
+    pool = row // pool_size(scores.group, SCAN_POOL)
     coarse = scores.scan_part.by_block[:, :, pool].nan_to_num(-math.inf, math.inf, -math.inf)
     if scores.selector != "block":
         norm = torch.logsumexp(scores.scan_whole.by_block, -1)[:, :, pool]
         share = _shares(coarse.masked_fill(~left, -torch.inf), norm)
         return share, share
     certain, possible = shortlist_bounds(scores, chosen.shape, budget)
-    fine = scores.fine.by_block.nan_to_num(-math.inf, math.inf, -math.inf)
+    pair = row // pool_size(scores.group, REFINEMENT_POOL)
+    fine = scores.fine.by_block[:, :, pair].nan_to_num(-math.inf, math.inf, -math.inf)
     rest = coarse + math.log(MIDDLE / FINE)
     inside, outside = rows(certain | chosen | scores.beside), rows(~(possible | scores.beside))
     least = torch.where(inside, fine, torch.where(outside, rest, torch.minimum(fine, rest)))

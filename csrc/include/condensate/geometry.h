@@ -12,7 +12,10 @@ namespace condensate {
 constexpr int kBlockKeys = 64;  // keys of a selected block
 constexpr int kTileRows = 128;  // rows (positions x query heads of one KV head) of a tile, at most
 constexpr int kMaxTilePositions = 64;  // positions of a tile, at most
-constexpr int kQueryPool = 4;  // consecutive positions whose queries are averaged for scoring
+// Consecutive positions whose queries are averaged for scoring, at most: by the scan of all blocks
+// and by the refinement of its shortlist. Powers of two.
+constexpr int kScanPool = 8;
+constexpr int kRefinementPool = 2;
 constexpr int kMaxGroup = 64;  // query heads per KV head, at most
 constexpr int kMaxHeadDim = 256;
 
@@ -29,9 +32,9 @@ CONDENSATE_HOST_DEVICE int tile_positions(int group) {
 }
 
 // Queries averaged into one pooled query; a tile always holds whole pools.
-CONDENSATE_HOST_DEVICE int query_pool(int group) {
+CONDENSATE_HOST_DEVICE int pool_size(int group, int most) {
     int positions = tile_positions(group);
-    return positions < kQueryPool ? positions : kQueryPool;
+    return positions < most ? positions : most;
 }
 
 CONDENSATE_HOST_DEVICE int64_t num_tiles(int64_t query_len, int group) {

@@ -23,12 +23,14 @@ __device__ __forceinline__ void write_share(const RefinedTile<Traits>& tile, int
                                             float omitted, float reference) {
     const auto& smem = tile.smem;
     const BlockSelectParams& params = tile.params;
-    if ((threadIdx.x & 3) != 0 || row >= smem.tile.rows) return;
-    float* at = params.omitted_mass_estimate + smem.tile.flat_row(row, params.problem.query_heads);
+    const PooledRows& pooled = smem.pooled;
+    if ((threadIdx.x & 3) != 0 || row >= pooled.rows) return;
+    float* at = params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
     // A middle unit stands for four fine ones. The bound keeps inf / inf away.
     float unseen = fminf(4.0f * exp2f(*at - device::finite_reference(reference)), 1e30f);
     float share = (omitted + unseen) / (sum + unseen);
-    *at = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
+    share = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
+    for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
 }
 
 // Turns the tile's estimates, which hold log2 of the pooled sum R over blocks outside the walked
@@ -52,7 +54,7 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
             softmax.weigh(s, tile.scale_log2);
             const int block = __shfl_sync(0xffffffffu, blocks, threadIdx.x & 3);
             const int width = static_cast<int>(tile.params.max_blocks);
-            const int32_t* list = tile.params.block_indices + smem.tile.tile.tile_index * width;
+            const int32_t* list = tile.params.block_indices + smem.pooled.tile.tile_index * width;
             const bool counts = smem.eligible.contains(block) && !is_listed(list, width, block);
             for_each_block<kRefinementLevels.mass.per_block>(
                 s, [&](int, int m, int half, float weight) {
@@ -72,17 +74,20 @@ template <class Traits>
 __global__ void __launch_bounds__(kThreads, 2)
     block_estimate_kernel(const __grid_constant__ BlockSelectParams params,
                           const __grid_constant__ Shortlists shortlists) {
-    extern __shared__ __align__(128) char smem_bytes[];
+    extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
-    const RefinedRows refined(device::TileRows::from_index(params.problem, blockIdx.x));
-    const EligibleBlocks eligible(params.problem.ranges(), refined.tile.span());
+    const PooledRows pooled(device::TileRows::from_index(params.problem, blockIdx.x),
+                            kRefinementPool);
+    const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
     if (eligible.count() <= params.max_blocks) {  // all are listed
-        for (int row = threadIdx.x; row < refined.rows; row += kThreads)
-            params.omitted_mass_estimate[refined.flat_row(row, params.problem.query_heads)] = 0.0f;
+        for (int row = threadIdx.x; row < pooled.rows; row += kThreads) {
+            int64_t at = pooled.flat_row(row, params.problem.query_heads);
+            for (int i = 0; i < pooled.size(row); ++i) params.omitted_mass_estimate[at + i] = 0.0f;
+        }
         return;
     }
     RefinedTile<Traits> tile(smem, params);
-    tile.begin(refined, eligible, shortlists);
+    tile.begin(pooled, eligible, shortlists);
     estimate_tile(tile);
 }
 

@@ -9,6 +9,7 @@
 #include "device/softmax.h"
 #include "kernels/block_select/pooled_queries.h"
 #include "kernels/block_select/unit_chunk.h"
+#include "ptx/wgmma.h"
 
 namespace condensate::kernels::block_select {
 
@@ -48,9 +49,25 @@ struct HeldRows {
         return __reduce_min_sync(0xffffffffu, units);
     }
 
+    // With wgmma all warps of the CTA must call it.
     __device__ __forceinline__ void score(Scores& s, int stage) const {
-        device::score_tile<typename Traits::T, Traits::kDim>(s, queries,
-                                                             ptx::smem_address(smem.stages[stage]));
+        using T = typename Traits::T;
+        const uint32_t units_smem = ptx::smem_address(smem.stages[stage]);
+        if constexpr (Traits::kWgmma) {
+            ptx::pin_registers(s[0]);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int d = 0; d < Traits::kDim / 16; ++d)
+                ptx::wgmma_bt<T>(
+                    s[0], queries[d][0],
+                    ptx::smem_operand(units_smem + d / 4 * Traits::kPanelBytes + d % 4 * 32),
+                    d > 0);
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<0>();
+            ptx::pin_registers(s[0]);
+        } else {
+            device::score_tile<T, Traits::kDim>(s, queries, units_smem);
+        }
     }
 
     // Drops units that a row does not see. first_unit(v) is the first unit of the lane's v-th block

@@ -8,29 +8,34 @@
 
 namespace condensate::kernels::block_select {
 
-// Where the pooled rows of a tile come from: row r is pool r % pools of head r / pools.
+// The pooled queries of a tile without gaps: row r is pool r % pools of head r / pools.
 struct PooledRows {
+    device::TileRows tile;
     int pool;   // positions averaged
-    int pools;  // per head; a power of two
+    int pools;  // per head that hold a query
     int rows;
 
-    __device__ explicit PooledRows(const device::TileRows& tile)
-        : pool(query_pool(tile.group)), pools(tile.positions / pool), rows(pools * tile.group) {}
+    __device__ PooledRows(const device::TileRows& tile, int most)
+        : tile(tile), pool(pool_size(tile.group, most)) {
+        int positions =
+            static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query));
+        pools = (positions + pool - 1) / pool;
+        rows = pools * tile.group;
+    }
 
-    __device__ int64_t first_query(const device::TileRows& tile, int row) const {
-        return tile.first_query + (row % pools) * pool;
-    }
-    __device__ int head(const device::TileRows& tile, int row) const {
-        return tile.kv_head * tile.group + row / pools;
-    }
-    // Existing queries of the pool; 0 for rows past the tile or the sequence.
-    __device__ int size(const device::TileRows& tile, int row) const {
+    __device__ int64_t first_query(int row) const { return tile.first_query + row % pools * pool; }
+    __device__ int head(int row) const { return tile.kv_head * tile.group + row / pools; }
+    // Existing queries of the pool; 0 for rows past the tile.
+    __device__ int size(int row) const {
         if (row >= rows) return 0;
-        return static_cast<int>(min_i64(max_i64(tile.query_len - first_query(tile, row), 0), pool));
+        return static_cast<int>(min_i64(tile.query_len - first_query(row), pool));
     }
-    __device__ int64_t last_position(const device::TileRows& tile, int row) const {
-        return query_position(first_query(tile, row) + size(tile, row) - 1, tile.query_len,
-                              tile.kv_len);
+    __device__ int64_t last_position(int row) const {
+        return query_position(first_query(row) + size(row) - 1, tile.query_len, tile.kv_len);
+    }
+    // Index of the pool's first query in a contiguous [B, Hq, Lq] tensor.
+    __device__ int64_t flat_row(int row, int64_t query_heads) const {
+        return (tile.batch * query_heads + head(row)) * tile.query_len + first_query(row);
     }
 };
 
@@ -44,50 +49,51 @@ __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_posit
 }
 
 // Sum of the existing queries of a pool over 8 channels, in float32; all loads are in flight.
-template <class T>
+template <int kMost, class T>
 __device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64_t stride,
                                             int size) {
-    uint4 packed[kQueryPool];
+    uint4 packed[kMost];
 #pragma unroll
-    for (int q = 0; q < kQueryPool; ++q) {
+    for (int q = 0; q < kMost; ++q) {
         packed[q] = {};
         if (q < size) packed[q] = __ldg(reinterpret_cast<const uint4*>(src + q * stride));
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum[e] = 0.0f;
 #pragma unroll
-    for (int q = 0; q < kQueryPool; ++q) {
+    for (int q = 0; q < kMost; ++q) {
         const T* elements = reinterpret_cast<const T*>(&packed[q]);
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum[e] += static_cast<float>(elements[e]);
     }
 }
 
-// Each warp fills its 32 rows of a tile. Quest's bound is a dot product of [max(q,0) | min(q,0)]
-// with [max | min], so its queries take two halves.
-template <class Traits>
+// Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over at most
+// kMost positions. Quest's bound is a dot product of [max(q,0) | min(q,0)] with [max | min], so its
+// queries take two halves.
+template <class Traits, int kMost>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const BlockSelectParams& params,
-                                                    const device::TileRows& tile,
-                                                    const PooledRows& pooled) {
+                                                    const PooledRows& pooled, int first_row) {
     using T = typename Traits::T;
     constexpr int kChunks = Traits::kDim / 8;
     constexpr bool kQuest = Traits::kSelector == Selector::kQuest;
     const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
     const int summary_chunks = kQuest ? 2 * query_chunks : query_chunks;
+    const int warp_row = static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows;
 #pragma unroll 2
     for (int i = threadIdx.x & 31; i < Traits::kWarpRows * kChunks; i += 32) {
-        int row = i / kChunks, warp_row = threadIdx.x / 32 * Traits::kWarpRows, chunk = i % kChunks;
+        int row = first_row + i / kChunks, chunk = i % kChunks;
         bool low_half = kQuest && chunk >= query_chunks;
-        int size = chunk < summary_chunks ? pooled.size(tile, row) : 0;
+        int size = chunk < summary_chunks ? pooled.size(row) : 0;
         const T* src = static_cast<const T*>(params.query.data);
         if (size > 0) {
-            src += device::head_offset(params.query, tile.batch, pooled.head(tile, row)) +
-                   pooled.first_query(tile, row) * params.query.stride_seq +
+            src += device::head_offset(params.query, pooled.tile.batch, pooled.head(row)) +
+                   pooled.first_query(row) * params.query.stride_seq +
                    (low_half ? chunk - query_chunks : chunk) * 8;
         }
         float mean[8];
-        sum_queries(mean, src, params.query.stride_seq, size);
+        sum_queries<kMost>(mean, src, params.query.stride_seq, size);
         float existing = static_cast<float>(max(size, 1));
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -96,8 +102,8 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
         }
         uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
                         device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
-        ptx::store_smem_16(tile_smem + device::tile_offset<Traits::kDim>(warp_row + row, chunk),
-                           packed);
+        ptx::store_smem_16(
+            tile_smem + device::tile_offset<Traits::kDim>(warp_row + i / kChunks, chunk), packed);
     }
     __syncwarp();
 }

@@ -1,5 +1,5 @@
-// The refinement of shortlists. A persistent CTA takes a tile at a time, four warps of 32 (or 16)
-// of its rows. One pass over the middle units of all walked blocks finds each row's softmax sum,
+// The refinement of shortlists. A persistent CTA takes a tile at a time, four warps of 16 of
+// its rows. One pass over the middle units of all walked blocks finds each row's softmax sum,
 // one over the fine units of the shortlist the masses; the largest are the list.
 #pragma once
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t*
 template <class Traits>
 __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t* histogram_smem,
                                        uint32_t* masses, int width, int32_t* list, int keep) {
-    const int warps = (smem.tile.rows + Traits::kWarpRows - 1) / Traits::kWarpRows;
+    const int warps = (smem.pooled.rows + Traits::kWarpRows - 1) / Traits::kWarpRows;
     const int count = smem.shortlisted;
     for (int i = threadIdx.x & 31; i < count; i += 32) {
         uint32_t mass = masses[i];
@@ -59,7 +59,7 @@ __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t
 }
 
 // A tile without a choice: all eligible blocks are listed.
-__device__ __forceinline__ void take_all(const BlockSelectParams& params, const RefinedRows& rows,
+__device__ __forceinline__ void take_all(const BlockSelectParams& params, const PooledRows& rows,
                                          const EligibleBlocks& eligible) {
     if (threadIdx.x < 32) {
         write_all(eligible, params.block_indices + rows.tile.tile_index * params.max_blocks,
@@ -73,29 +73,30 @@ __global__ void __launch_bounds__(kThreads, refine_ctas_per_sm(Traits::kDim))
     block_refine_kernel(const __grid_constant__ BlockSelectParams params,
                         const __grid_constant__ Shortlists shortlists, uint32_t* masses_gmem,
                         const __grid_constant__ int tiles) {
-    extern __shared__ __align__(128) char smem_bytes[];
+    extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
     const int width = shortlists.width;
     // Of the shortlist: [warp][width].
     uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * kWarps * width;
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const RefinedRows refined(device::TileRows::from_index(params.problem, index));
-        const EligibleBlocks eligible(params.problem.ranges(), refined.tile.span());
+        const PooledRows pooled(device::TileRows::from_index(params.problem, index),
+                                kRefinementPool);
+        const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
         if (eligible.count() <= params.max_blocks) {
-            take_all(params, refined, eligible);
+            take_all(params, pooled, eligible);
             continue;
         }
         const int keep = static_cast<int>(params.max_blocks);
-        if (threadIdx.x == 0) params.block_counts[refined.tile.tile_index] = keep;
+        if (threadIdx.x == 0) params.block_counts[pooled.tile.tile_index] = keep;
         if (keep == 0) continue;
         RefinedTile<Traits> tile(smem, params);
-        tile.begin(refined, eligible, shortlists);
+        tile.begin(pooled, eligible, shortlists);
         find_norm(tile);
         find_masses(tile, masses, width);
         if (threadIdx.x < 32)
             choose(smem, smem.histogram[0], masses, width,
-                   params.block_indices + smem.tile.tile.tile_index * keep, keep);
+                   params.block_indices + smem.pooled.tile.tile_index * keep, keep);
         __syncthreads();  // the tile's state in shared memory is not read any more
     }
 }

@@ -1,5 +1,5 @@
-// Every existing query of a tile against units of few blocks: what the refinement of shortlists and
-// its estimate share.
+// The queries of a tile, pooled by two, against units of few blocks: what the refinement of
+// shortlists and its estimate share.
 #pragma once
 
 #include "condensate/params.h"
@@ -14,25 +14,9 @@ struct Shortlists {
     int width;
 };
 
-// The existing rows of a tile without gaps: row r is query r % positions of head r / positions.
-struct RefinedRows {
-    device::TileRows tile;
-    int positions, rows;
-
-    __device__ explicit RefinedRows(const device::TileRows& tile)
-        : tile(tile),
-          positions(static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query))),
-          rows(positions * tile.group) {}
-    __device__ int64_t query(int row) const { return tile.first_query + row % positions; }
-    __device__ int head(int row) const { return tile.kv_head * tile.group + row / positions; }
-    __device__ int64_t flat_row(int row, int64_t query_heads) const {
-        return (tile.batch * query_heads + head(row)) * tile.query_len + query(row);
-    }
-};
-
 template <class Traits>
 struct RefinedSmem : Traits::Smem {
-    RefinedRows tile;
+    PooledRows pooled;
     EligibleBlocks eligible;
     WalkedBlocks walked;                  // its list is the shortlist
     int shortlisted;                      // blocks of it
@@ -57,26 +41,19 @@ struct RefinedTile {
           rows(smem) {}
 
     // Takes the tile's rows into registers and notes in shared memory what there is to know.
-    __device__ __forceinline__ void begin(const RefinedRows& refined,
-                                          const EligibleBlocks& eligible,
+    __device__ __forceinline__ void begin(const PooledRows& pooled, const EligibleBlocks& eligible,
                                           const Shortlists& shortlists) {
         const Problem& problem = params.problem;
-        const device::TileRows& tile = refined.tile;
-        const T* query = static_cast<const T*>(params.query.data);
-        device::gather_tile_async<Traits::kRows, Traits::kDim, kThreads>(
-            ptx::smem_address(smem.stages), query, static_cast<int>(problem.head_dim),
-            [&](int row) -> const T* {
-                if (row >= refined.rows) return nullptr;
-                return query + device::head_offset(params.query, tile.batch, refined.head(row)) +
-                       refined.query(row) * params.query.stride_seq;
-            });
-        ptx::cp_async_commit();
+        const device::TileRows& tile = pooled.tile;
+        load_pooled_queries<Traits, kRefinementPool>(
+            ptx::smem_address(smem.stages), params, pooled,
+            static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
         const int shortlisted = shortlists.counts[tile.tile_index];
         const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()),
                                   shortlists.indices + tile.tile_index * shortlists.width,
                                   shortlisted);
         if (threadIdx.x == 0) {
-            smem.tile = refined;
+            smem.pooled = pooled;
             smem.eligible = eligible;
             smem.walked = walked;
             smem.shortlisted = shortlisted;
@@ -84,14 +61,10 @@ struct RefinedTile {
                              (tile.batch * problem.kv_heads + tile.kv_head) *
                                  summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
         }
-        ptx::cp_async_wait<0>();
-        __syncthreads();  // the rows have landed
         rows.hold([&](int row) {
-            return row < refined.rows ? static_cast<int>(query_position(
-                                            refined.query(row), problem.query_len, problem.kv_len))
-                                      : kNoRow;
+            return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;
         });
-        __syncthreads();  // all rows are in registers: the stages are free
+        __syncthreads();  // all rows are in registers, the stages are free; the notes are written
     }
 
     // Scores units of blocks block_at(0 .. count - 1), ascending, chunk by chunk:
@@ -128,12 +101,15 @@ struct RefinedTile {
                 });
         };
         auto score = [&](int step, int stage) {
-            if (static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.tile.rows) return;
+            const bool idle =
+                static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.pooled.rows;
+            if (idle && !Traits::kWgmma) return;  // wgmma needs all warps
             const int first = step * Layout::kBlocks;
             const int blocks = blocks_from(first);
             const int last = __shfl_sync(kAll, blocks, Layout::kBlocks - 1);
             Scores s;
             rows.score(s, stage);
+            if (idle) return;
             if (last < 0 || (last + 1) * kBlockUnits > seen_by_all) {
                 rows.template mask<kBlockUnits>(s, ranges, level.keys, [&](int v) {
                     int block = __shfl_sync(kAll, blocks, Layout::block(v));

@@ -93,9 +93,11 @@ struct TileScan {
         };
         auto score = [&](int step, int stage) {
             const int first_block = step * chunk_blocks, first_unit = step * kChunkUnits;
-            if (first_block >= state().blocks) return;
+            const bool idle = first_block >= state().blocks;
+            if (idle && !Traits::kWgmma) return;  // wgmma needs all warps
             Scores s;
             rows.score(s, stage);
+            if (idle) return;
             if (first_unit + kChunkUnits > seen_by_all) {
                 rows.template mask<Traits::kBlockUnits>(s, ranges, level.keys, [&](int v) {
                     return first_unit + Layout::block(v) * Traits::kBlockUnits;
@@ -157,21 +159,21 @@ struct TileScan {
 };
 
 // Writes a pooled row's value to the estimates of the queries of its pool.
-template <class Value>
+template <int kMTiles, class Value>
 __device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
                                                 const device::TileRows& tile, Value&& value) {
-    const PooledRows pooled(tile);
+    const PooledRows pooled(tile, kScanPool);
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float x = value(m, half);
             int row = 16 * m + 8 * half + static_cast<int>(threadIdx.x & 31) / 4;
-            int position = threadIdx.x & 3;
-            if (position >= pooled.size(tile, row)) continue;
-            int64_t head = tile.batch * params.problem.query_heads + pooled.head(tile, row);
-            params.omitted_mass_estimate[head * params.problem.query_len +
-                                         pooled.first_query(tile, row) + position] = x;
+            const int size = pooled.size(row);
+            if (size == 0) continue;
+            float* first =
+                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            for (int i = threadIdx.x & 3; i < size; i += 4) first[i] = x;
         }
     }
 }
@@ -187,7 +189,7 @@ __device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
         sum_outside(outside, listed, [&](int block) { return !state().eligible.contains(block); });
     }
     if (state().blocks == 0) return;
-    write_estimates(params, state().tile, [&](int m, int half) {
+    write_estimates<kMTiles>(params, state().tile, [&](int m, int half) {
         float sum = outside[m][half];
         if constexpr (!Traits::kShortlists) return fminf(sum, 1.0f);
         return sum > 0.0f ? log2f(fminf(sum, FLT_MAX)) + smem.norm[rows.row(m, half)] : -INFINITY;
@@ -223,7 +225,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSel
         if (lane == 0) output.counts[tile.tile_index] = eligible.count();
         if (params.omitted_mass_estimate) {
             float nothing = Traits::kShortlists ? -INFINITY : 0.0f;
-            write_estimates(params, tile, [&](int, int) { return nothing; });
+            write_estimates<Traits::kMTiles>(params, tile, [&](int, int) { return nothing; });
         }
     }
     return scores;
@@ -235,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
     block_scan_kernel(const __grid_constant__ BlockSelectParams params,
                       const __grid_constant__ ScanOutput output) {
     using T = typename Traits::T;
-    extern __shared__ __align__(128) char smem_bytes[];
+    extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<ScanSmem<Traits>*>(smem_bytes);
 
     const Problem& problem = params.problem;
@@ -262,13 +264,12 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
         }
         TileScan<Traits> scan{smem, params, problem.scale * 1.44269504088896341f,
                               HeldRows<Traits>(smem)};
-        const PooledRows pooled(tile);
-        load_pooled_queries<Traits>(ptx::smem_address(smem.stages), params, tile, pooled);
+        const PooledRows pooled(tile, kScanPool);
+        load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
         scan.rows.hold([&](int row) {
             row %= Traits::kWarpRows;
-            return scores && pooled.size(tile, row) > 0
-                       ? static_cast<int>(pooled.last_position(tile, row))
-                       : kNoRow;
+            return scores && row < pooled.rows ? static_cast<int>(pooled.last_position(row))
+                                               : kNoRow;
         });
         __syncthreads();  // all rows are in registers: the stages are free
 

@@ -27,18 +27,22 @@ constexpr int scan_ctas_per_sm(Selector selector, int dim) {
 }
 constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostCtasPerSm : 2; }
 
-template <class T_, int kDim_, int kMTiles_>
+template <class T_, int kDim_, int kMTiles_, Selector kSelector_, bool kWgmma_>
 struct RowTraits {
     using T = T_;
+    static constexpr Selector kSelector = kSelector_;
+    static constexpr bool kWgmma = kWgmma_;   // scores by wgmma, else by mma.sync
     static constexpr int kDim = kDim_;        // summary_dim rounded up; the rest is zeros
     static constexpr int kMTiles = kMTiles_;  // 16-row tiles of a warp
     static constexpr int kWarpRows = 16 * kMTiles;
     static constexpr int kRows = kWarps * kWarpRows;
     static constexpr int kNTiles = kChunkUnits / 8;
+    static constexpr int kPanelBytes = kChunkUnits * 128;
+    static constexpr int kStageRowBytes = kWgmma ? 128 : kDim * 2;
     static constexpr int kStages = kDim <= 128 ? 4 : 2;
 
     // What is read once a chunk or less lies here, to leave registers to queries and scores.
-    struct alignas(128) Smem {
+    struct alignas(kWgmma ? 1024 : 128) Smem {
         // First the rows, until they are in registers, then the stages.
         T stages[kStages][kChunkUnits * kDim];
         uint32_t histogram[kWarps][kRadixBins];
@@ -49,15 +53,29 @@ struct RowTraits {
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");
 };
 
-// Scan: a warp's 32 rows are the pooled queries of its tile.
-template <class T, int kDim, Selector kSelector_>
-struct ScanTraits : RowTraits<T, kDim, 2> {
-    static constexpr Selector kSelector = kSelector_;
+// Where 16-byte chunk `chunk` of unit row `row` of a stage lies: rows of kDim channels for
+// ldmatrix, panels of 64 channels, as wgmma wants them.
+template <class Traits>
+__device__ __forceinline__ uint32_t stage_offset(int row, int chunk) {
+    if constexpr (Traits::kWgmma) {
+        return chunk / 8 * Traits::kPanelBytes + device::tile_offset<64>(row, chunk % 8);
+    } else {
+        return device::tile_offset<Traits::kDim>(row, chunk);
+    }
+}
+
+// Scan: a warp's rows are the pooled queries of its tile.
+template <class T, int kDim, int kMTiles, Selector kSelector, bool kWgmma = false>
+struct ScanTraits : RowTraits<T, kDim, kMTiles, kSelector, kWgmma> {
     static constexpr int kCtasPerSm = scan_ctas_per_sm(kSelector, kDim);
     static constexpr bool kShortlists = kSelector == Selector::kBlock;  // else it makes the lists
     // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
     static constexpr int kBlockUnits =
         kSelector == Selector::kMean ? kMeanUnits.per_block : kMiddleUnits.per_block;
 };
+
+// Refinement: the CTA's rows are the pooled queries of one tile.
+template <class T, int kDim, bool kWgmma = false>
+struct RefineTraits : RowTraits<T, kDim, 1, Selector::kBlock, kWgmma> {};
 
 }  // namespace condensate::kernels::block_select

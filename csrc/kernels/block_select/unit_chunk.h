@@ -7,6 +7,7 @@
 #include "condensate/geometry.h"
 #include "device/smem_tile.h"
 #include "kernels/block_select/traits.h"
+#include "ptx/barrier.h"
 
 namespace condensate::kernels::block_select {
 
@@ -55,14 +56,14 @@ template <class Traits, int kBlockUnits, class Source>
 __device__ __forceinline__ void copy_chunk_async(uint32_t stage_smem, Source&& source) {
     using Shape = CopyShape<Traits>;
     using Layout = ChunkLayout<kBlockUnits>;
-    const uint32_t lane_smem = stage_smem + device::tile_offset<Traits::kDim>(
-                                                Layout::row(Shape::unit()), Shape::channel() / 8);
+    const uint32_t lane_smem =
+        stage_smem + stage_offset<Traits>(Layout::row(Shape::unit()), Shape::channel() / 8);
 #pragma unroll
     for (int pass = 0; pass < Shape::kPasses; ++pass) {
         // Bits of row(pass * kPassUnits) and of row(unit()) are apart, so rows and swizzles add up.
         int row = Layout::row(pass * Shape::kPassUnits);
         UnitSource<typename Traits::T> from = source(pass);
-        ptx::cp_async_16((lane_smem ^ ((row & 7) << 4)) + row * (Traits::kDim * 2), from.gmem,
+        ptx::cp_async_16((lane_smem ^ ((row & 7) << 4)) + row * Traits::kStageRowBytes, from.gmem,
                          from.exists);
     }
 }
@@ -108,6 +109,7 @@ __device__ __forceinline__ void pipeline(int steps, Load&& load, Body&& body) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         ptx::cp_async_wait<kStages - 2>();
+        if constexpr (Traits::kWgmma) ptx::fence_async_proxy();
         __syncthreads();  // this chunk has landed; nobody reads the one before it any more
         const int ahead = step + kStages - 1;
         if (ahead < steps) load(ahead, ahead % kStages);

@@ -31,7 +31,7 @@ struct alignas(16) SelectSmem {
 int64_t select_smem_bytes(const BlockSelectParams& params) {
     int group = params.problem.group();
     int64_t rows =
-        ceil_div(tile_positions(group) / query_pool(group) * group, kWarpRows) * kWarpRows;
+        ceil_div(tile_positions(group) / pool_size(group, kScanPool) * group, kWarpRows) * kWarpRows;
     int64_t dim = summary_dim(params.selector, static_cast<int>(params.problem.head_dim));
     return static_cast<int64_t>(sizeof(SelectSmem)) + rows * dim * 4;
 }
