@@ -98,7 +98,8 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             mean[e] = static_cast<float>(static_cast<T>(mean[e] / existing));
-            if (kQuest) mean[e] = low_half ? fminf(mean[e], 0.0f) : fmaxf(mean[e], 0.0f);
+            // NaN stays NaN.
+            if (kQuest && (low_half ? mean[e] > 0.0f : mean[e] < 0.0f)) mean[e] = 0.0f;
         }
         uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
                         device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
