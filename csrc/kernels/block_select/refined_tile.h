@@ -14,22 +14,6 @@ struct Shortlists {
     int width;
 };
 
-// The existing rows of a tile without gaps: row r is query r % positions of head r / positions.
-struct RefinedRows {
-    device::TileRows tile;
-    int positions, rows;
-
-    __device__ explicit RefinedRows(const device::TileRows& tile)
-        : tile(tile),
-          positions(static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query))),
-          rows(positions * tile.group) {}
-    __device__ int64_t query(int row) const { return tile.first_query + row % positions; }
-    __device__ int head(int row) const { return tile.kv_head * tile.group + row / positions; }
-    __device__ int64_t flat_row(int row, int64_t query_heads) const {
-        return (tile.batch * query_heads + head(row)) * tile.query_len + query(row);
-    }
-};
-
 template <class Traits>
 struct RefinedSmem : Traits::Smem {
     RefinedRows tile;

@@ -1,4 +1,5 @@
-// Averages a tile's queries over short runs of positions and lays them out as A operands.
+// Which rows of a tile are scored: pooled queries by the scan, every query by the refinement; what
+// they see, and how pooled ones come about.
 #pragma once
 
 #include "condensate/params.h"
@@ -34,7 +35,23 @@ struct PooledRows {
     }
 };
 
-// Units that a pooled query sees; units are in key order, so they are a prefix.
+// The existing rows of a tile without gaps: row r is query r % positions of head r / positions.
+struct RefinedRows {
+    device::TileRows tile;
+    int positions, rows;
+
+    __device__ explicit RefinedRows(const device::TileRows& tile)
+        : tile(tile),
+          positions(static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query))),
+          rows(positions * tile.group) {}
+    __device__ int64_t query(int row) const { return tile.first_query + row % positions; }
+    __device__ int head(int row) const { return tile.kv_head * tile.group + row / positions; }
+    __device__ int64_t flat_row(int row, int64_t query_heads) const {
+        return (tile.batch * query_heads + head(row)) * tile.query_len + query(row);
+    }
+};
+
+// Units that a query sees; units are in key order, so they are a prefix.
 __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_position,
                                              int unit_keys) {
     if (!r.causal || last_position >= r.kv_len - 1) {
