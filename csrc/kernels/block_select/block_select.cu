@@ -11,8 +11,8 @@ template <class T, int kDim>
 Status scan_and_refine(const Call& call) {
     // A tile's pooled queries are one or two times 16 rows.
     Status status = call.params.problem.group() <= 16
-                        ? scan<ScanTraits<T, kDim, 1, Selector::kBlock>>(call)
-                        : scan<ScanTraits<T, kDim, 2, Selector::kBlock>>(call);
+                        ? scan<ScanTraits<T, kDim, 8, Selector::kBlock>>(call)
+                        : scan<ScanTraits<T, kDim, 4, Selector::kBlock>>(call);
     if (status.ok()) status = refine<RefineTraits<T, kDim>>(call);
     return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
@@ -21,9 +21,9 @@ template <class T, int kDim>
 Status choose_selector(const Call& call) {
     switch (call.params.selector) {
         case Selector::kQuest:
-            return scan<ScanTraits<T, kDim, 1, Selector::kQuest>>(call);
+            return scan<ScanTraits<T, kDim, 8, Selector::kQuest>>(call);
         case Selector::kMean:
-            return scan<ScanTraits<T, kDim, 1, Selector::kMean>>(call);
+            return scan<ScanTraits<T, kDim, 8, Selector::kMean>>(call);
         default:
             return scan_and_refine<T, kDim>(call);
     }

@@ -71,7 +71,7 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Traits::kThreads, 2)
     block_estimate_kernel(const __grid_constant__ BlockSelectParams params,
                           const __grid_constant__ Shortlists shortlists) {
     extern __shared__ __align__(1024) char smem_bytes[];
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                             kRefinementPool);
     const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
     if (eligible.count() <= params.max_blocks) {  // all are listed
-        for (int row = threadIdx.x; row < pooled.rows; row += kThreads) {
+        for (int row = threadIdx.x; row < pooled.rows; row += Traits::kThreads) {
             int64_t at = pooled.flat_row(row, params.problem.query_heads);
             for (int i = 0; i < pooled.size(row); ++i) params.omitted_mass_estimate[at + i] = 0.0f;
         }

@@ -7,7 +7,8 @@
 
 #include "device/mma_tile.h"
 #include "device/softmax.h"
-#include "kernels/block_select/pooled_queries.h"
+#include "kernels/block_select/scored_rows.h"
+#include "kernels/block_select/top_blocks.h"
 #include "kernels/block_select/unit_chunk.h"
 #include "ptx/wgmma.h"
 
@@ -150,9 +151,6 @@ __device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles
     if constexpr ((kFrom + 1) * kBlockUnits < 2 * kNTiles)
         for_each_block<kBlockUnits, kFrom + 1>(s, body);
 }
-
-// A mass that is NaN is 0, one that overflowed the largest float.
-__device__ __forceinline__ float finite_mass(float x) { return fminf(fmaxf(x, 0.0f), FLT_MAX); }
 
 // Of the lane's values and those of the lane `bit` away keeps the maxima of one half, in front.
 template <int kCount>

@@ -69,7 +69,7 @@ __device__ __forceinline__ void take_all(const BlockSelectParams& params, const 
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, refine_ctas_per_sm(Traits::kDim))
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     block_refine_kernel(const __grid_constant__ BlockSelectParams params,
                         const __grid_constant__ Shortlists shortlists, uint32_t* masses_gmem,
                         const __grid_constant__ int tiles) {
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, refine_ctas_per_sm(Traits::kDim))
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
     const int width = shortlists.width;
     // Of the shortlist: [warp][width].
-    uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * kWarps * width;
+    uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const PooledRows pooled(device::TileRows::from_index(params.problem, index),

@@ -1,6 +1,6 @@
-// The scan: pooled queries against every visible unit. Persistent CTAs of four warps; four tiles of
-// a KV head at a time, a warp each, share the units that are loaded. One pass finds each row's
-// softmax sum, the next the masses of blocks, of which the largest are kept.
+// The scan: pooled queries against every visible unit. Persistent CTAs of eight (or four) warps;
+// as many tiles of a KV head at a time, a warp each, share the units that are loaded. One pass
+// finds each row's softmax sum, the next the masses of blocks, of which the largest are kept.
 #pragma once
 
 #include "condensate/params.h"
@@ -18,7 +18,7 @@ struct ScanOutput {
     uint32_t* candidates;  // per resident warp: capacity masses, capacity blocks
     int64_t capacity;
     int tiles_per_head;
-    int items;  // of four tiles
+    int items;  // of a tile a warp
 };
 
 // Entries of an ascending list as bits of consecutive ranges of at most 64 blocks.
@@ -59,7 +59,7 @@ struct TileState {
 
 template <class Traits>
 struct ScanSmem : Traits::Smem {
-    TileState tile[kWarps];
+    TileState tile[Traits::kWarps];
     const typename Traits::T* summaries;  // of the KV head
     int blocks;                           // that some tile of the CTA reaches
 };
@@ -208,7 +208,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSel
     const bool scores = exists && eligible.count() > output.width;
     __syncwarp();  // nobody reads the previous tile's state any more
     if (lane == 0) {
-        int64_t resident_warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+        int64_t resident_warp = int64_t{blockIdx.x} * Traits::kWarps + threadIdx.x / 32;
         uint32_t* masses = output.candidates + resident_warp * 2 * output.capacity;
         int capacity = static_cast<int>(output.capacity);
         state_smem = {tile,
@@ -231,9 +231,9 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSel
     return scores;
 }
 
-// Work item = four consecutive tiles of a KV head; items run longest first within a head.
+// Work item = consecutive tiles of a KV head, one a warp; items run longest first within a head.
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     block_scan_kernel(const __grid_constant__ BlockSelectParams params,
                       const __grid_constant__ ScanOutput output) {
     using T = typename Traits::T;
@@ -243,12 +243,12 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
     const Problem& problem = params.problem;
     const int warp = threadIdx.x / 32;
     const int tiles = output.tiles_per_head;
-    const int items_per_head = (tiles + kWarps - 1) / kWarps;
+    const int items_per_head = (tiles + Traits::kWarps - 1) / Traits::kWarps;
 
     for (int item = blockIdx.x; item < output.items;
          item = smem.tile[warp].item + static_cast<int>(gridDim.x)) {
         const int head = item / items_per_head;
-        const int first_tile = (items_per_head - 1 - item % items_per_head) * kWarps;
+        const int first_tile = (items_per_head - 1 - item % items_per_head) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
         const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
         const bool scores = begin_tile<Traits>(smem.tile[warp], params, output, tile, exists, item);
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, Traits::kCtasPerSm)
             int dim = summary_dim(Traits::kSelector, static_cast<int>(problem.head_dim));
             smem.summaries = static_cast<const T*>(params.summaries) +
                              head * summary_rows(Traits::kSelector, problem.kv_len) * dim;
-            TileSpan last = tile_span(min(first_tile + kWarps, tiles) - 1, tile.positions,
+            TileSpan last = tile_span(min(first_tile + Traits::kWarps, tiles) - 1, tile.positions,
                                       problem.query_len, problem.kv_len);
             smem.blocks = reachable_blocks(problem.ranges(), last);
         }

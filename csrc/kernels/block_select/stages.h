@@ -45,14 +45,14 @@ Status scan(const Call& call) {
         output.counts = call.at<int32_t>(w.counts);
     }
     return launch(block_scan_kernel<Traits>, "block_scan",
-                  {scan_ctas(call.params, call.context.sm_count)}, kThreads,
+                  {scan_ctas(call.params, call.context.sm_count)}, Traits::kThreads,
                   sizeof(ScanSmem<Traits>), call.context, call.params, output);
 }
 
 template <class Traits>
 Status refine(const Call& call) {
     return launch(block_refine_kernel<Traits>, "block_refine",
-                  {refine_ctas(call.params, call.context.sm_count)}, kThreads,
+                  {refine_ctas(call.params, call.context.sm_count)}, Traits::kThreads,
                   sizeof(RefinedSmem<Traits>), call.context, call.params, call.shortlists(),
                   call.at<uint32_t>(call.workspace.scratch),
                   static_cast<int>(all_tiles(call.params.problem)));
@@ -62,7 +62,7 @@ template <class Traits>
 Status estimate(const Call& call) {
     if (!call.params.omitted_mass_estimate) return {};
     return launch(block_estimate_kernel<Traits>, "block_estimate", {all_tiles(call.params.problem)},
-                  kThreads, sizeof(RefinedSmem<Traits>), call.context, call.params,
+                  Traits::kThreads, sizeof(RefinedSmem<Traits>), call.context, call.params,
                   call.shortlists());
 }
 

@@ -1,12 +1,17 @@
 // A warp's selection of the blocks of largest mass: by radix, ties to the lower index.
 #pragma once
 
+#include <cfloat>
 #include <climits>
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/block_select/traits.h"
 
 namespace condensate::kernels::block_select {
+
+// A mass that is NaN is 0, one that overflowed the largest float.
+__device__ __forceinline__ float finite_mass(float x) { return fminf(fmaxf(x, 0.0f), FLT_MAX); }
 
 // Masses are finite and not negative, so their bits order them.
 struct Threshold {

@@ -1,4 +1,4 @@
-// Shapes and shared memory of the scan and the refinement. Both score 128 (or 64) rows, held in
+// Shapes and shared memory of the scan and the refinement. Both score 64 or 128 rows, held in
 // registers, against units that stream through shared memory 64 at a time.
 #pragma once
 
@@ -9,37 +9,40 @@
 
 namespace condensate::kernels::block_select {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
 constexpr int kChunkUnits = 64;  // units of one pipeline step
 constexpr int kRadixBins = 256;
 constexpr int kNoRow = INT_MIN;
 
-// Persistent CTAs per multiprocessor; each owns scratch in the workspace. Three where 168 registers
-// hold a thread's queries and scores, and there is shared memory for three.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMostCtasPerSm = 2;
-#else
-constexpr int kMostCtasPerSm = 3;
-#endif
-constexpr int scan_ctas_per_sm(Selector selector, int dim) {
-    return dim <= 64 || (dim <= 128 && selector == Selector::kBlock) ? kMostCtasPerSm : 2;
-}
-constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostCtasPerSm : 2; }
+// Warps of a CTA. The scan's share the units that are loaded, a tile each; where a tile's pooled
+// queries need two 16-row tiles of a warp, four warps.
+constexpr int kRefineWarps = 4;
+constexpr int scan_warps(int group) { return group <= 16 ? 8 : 4; }
 
-template <class T_, int kDim_, int kMTiles_, Selector kSelector_, bool kWgmma_>
+// Persistent CTAs per multiprocessor; each owns scratch in the workspace.
+constexpr int scan_ctas_per_sm(int dim) { return dim <= 128 ? 2 : 1; }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostRefineCtas = 2;
+#else
+constexpr int kMostRefineCtas = 4;
+#endif
+constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostRefineCtas : 2; }
+
+template <class T_, int kDim_, int kWarps_, int kMTiles_, int kStages_, Selector kSelector_,
+          bool kWgmma_>
 struct RowTraits {
     using T = T_;
-    static constexpr Selector kSelector = kSelector_;
-    static constexpr bool kWgmma = kWgmma_;   // scores by wgmma, else by mma.sync
-    static constexpr int kDim = kDim_;        // summary_dim rounded up; the rest is zeros
+    static constexpr int kDim = kDim_;  // summary_dim rounded up; the rest is zeros
+    static constexpr int kWarps = kWarps_;
+    static constexpr int kThreads = 32 * kWarps;
     static constexpr int kMTiles = kMTiles_;  // 16-row tiles of a warp
     static constexpr int kWarpRows = 16 * kMTiles;
     static constexpr int kRows = kWarps * kWarpRows;
     static constexpr int kNTiles = kChunkUnits / 8;
+    static constexpr int kStages = kStages_;
+    static constexpr Selector kSelector = kSelector_;
+    static constexpr bool kWgmma = kWgmma_;  // scores by wgmma, else by mma.sync
     static constexpr int kPanelBytes = kChunkUnits * 128;
     static constexpr int kStageRowBytes = kWgmma ? 128 : kDim * 2;
-    static constexpr int kStages = kDim <= 128 ? 4 : 2;
 
     // What is read once a chunk or less lies here, to leave registers to queries and scores.
     struct alignas(kWgmma ? 1024 : 128) Smem {
@@ -65,9 +68,9 @@ __device__ __forceinline__ uint32_t stage_offset(int row, int chunk) {
 }
 
 // Scan: a warp's rows are the pooled queries of its tile.
-template <class T, int kDim, int kMTiles, Selector kSelector, bool kWgmma = false>
-struct ScanTraits : RowTraits<T, kDim, kMTiles, kSelector, kWgmma> {
-    static constexpr int kCtasPerSm = scan_ctas_per_sm(kSelector, kDim);
+template <class T, int kDim, int kWarps, Selector kSelector, bool kWgmma = false>
+struct ScanTraits : RowTraits<T, kDim, kWarps, 8 / kWarps, kDim <= 128 ? 4 : 2, kSelector, kWgmma> {
+    static constexpr int kCtasPerSm = scan_ctas_per_sm(kDim);
     static constexpr bool kShortlists = kSelector == Selector::kBlock;  // else it makes the lists
     // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
     static constexpr int kBlockUnits =
@@ -76,6 +79,9 @@ struct ScanTraits : RowTraits<T, kDim, kMTiles, kSelector, kWgmma> {
 
 // Refinement: the CTA's rows are the pooled queries of one tile.
 template <class T, int kDim, bool kWgmma = false>
-struct RefineTraits : RowTraits<T, kDim, 1, Selector::kBlock, kWgmma> {};
+struct RefineTraits
+    : RowTraits<T, kDim, kRefineWarps, 1, kDim <= 128 ? 3 : 2, Selector::kBlock, kWgmma> {
+    static constexpr int kCtasPerSm = refine_ctas_per_sm(kDim);
+};
 
 }  // namespace condensate::kernels::block_select

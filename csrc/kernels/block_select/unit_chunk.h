@@ -35,9 +35,10 @@ struct ChunkLayout {
 template <class Traits>
 struct CopyShape {
     static constexpr int kChunks = Traits::kDim / 8;
-    static constexpr int kPassUnits = kThreads / kChunks;
+    static constexpr int kPassUnits = Traits::kThreads / kChunks;
     static constexpr int kPasses = kChunkUnits / kPassUnits;
-    static_assert(kPassUnits % 4 == 0 && 16 % kPassUnits == 0, "4 or 16 units of a block");
+    static_assert(kPassUnits % 4 == 0 && (16 % kPassUnits == 0 || kPassUnits % 16 == 0),
+                  "a pass holds whole blocks or lies in one");
 
     static __device__ __forceinline__ int unit() { return static_cast<int>(threadIdx.x) / kChunks; }
     static __device__ __forceinline__ int channel() {

@@ -9,15 +9,16 @@ namespace condensate::kernels::block_select {
 inline int64_t all_tiles(const Problem& p) {
     return p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
 }
-// Four tiles of a KV head, a warp each.
+// Consecutive tiles of a KV head, one a warp.
 inline int64_t scan_items(const Problem& p) {
-    return p.batch * p.kv_heads * ceil_div(num_tiles(p.query_len, p.group()), kWarps);
+    return p.batch * p.kv_heads *
+           ceil_div(num_tiles(p.query_len, p.group()), scan_warps(p.group()));
 }
 // Persistent CTAs of the scan and of the refinement, at most.
 inline int64_t scan_ctas(const BlockSelectParams& params, int sm_count) {
     const Problem& p = params.problem;
     int dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
-    return min_i64(scan_items(p), int64_t{sm_count} * scan_ctas_per_sm(params.selector, dim));
+    return min_i64(scan_items(p), int64_t{sm_count} * scan_ctas_per_sm(dim));
 }
 inline int64_t refine_ctas(const BlockSelectParams& params, int sm_count) {
     int dim = static_cast<int>(params.problem.head_dim);
@@ -43,8 +44,10 @@ struct Workspace {
             counts = round_up(all_tiles(p) * width * kWord);
             scratch = counts + round_up(all_tiles(p) * kWord);
         }
-        int64_t scan_bytes = scan_ctas(params, sm_count) * kWarps * 2 * capacity * kWord;
-        int64_t refine_bytes = refines ? refine_ctas(params, sm_count) * kWarps * width * kWord : 0;
+        int64_t scan_bytes =
+            scan_ctas(params, sm_count) * scan_warps(p.group()) * 2 * capacity * kWord;
+        int64_t refine_bytes =
+            refines ? refine_ctas(params, sm_count) * kRefineWarps * width * kWord : 0;
         bytes = scratch + max_i64(scan_bytes, refine_bytes);
     }
 

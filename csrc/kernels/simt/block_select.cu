@@ -1,39 +1,21 @@
-// Block selection on CUDA cores: one CTA per tile, a unit per lane, four pooled queries per warp.
-// The units are scored once for the softmax sums and again for the blocks' masses (and a third time
-// for the estimate of what was left out); only one mass per block goes to memory.
-#include "device/tile_rows.h"
-#include "kernels/block_select/pooled_queries.h"
+// Block selection on CUDA cores: one CTA per tile, a unit per lane, four rows per warp, 32 rows at
+// a time. Every pass is a sweep over the units of one level of some blocks.
+#include "device/block_walk.h"
+#include "kernels/block_select/eligible.h"
 #include "kernels/launch.h"
-#include "kernels/simt/key_tile.h"
-#include "kernels/token_select/radix.h"
+#include "kernels/simt/unit_sweep.h"
 
 namespace condensate::kernels {
 namespace simt {
 namespace {
 
-using block_select::PooledRows;
+using block_select::EligibleBlocks;
 
-constexpr int kSlabDim = 128;  // channels of the units that are staged at a time
-constexpr int kRowSets = 2;    // sets of kCtaRows pooled queries: a tile has at most 64
 constexpr int kCtasPerSm = 2;
 
-struct alignas(16) SelectSmem {
-    KeyTile<kSlabDim> units;
-    float warp_mass[kWarps][kTileKeys];  // per warp: masses of the blocks of 32 units
-    uint32_t histogram[kRadixBins];
-    RadixRow radix;
-    int32_t visible_end[kRowSets * kCtaRows];  // units [0, end) that a pooled query sees
-    LaneSum softmax[kRowSets * kCtaRows];      // over the units that count
-    // The pooled queries follow: [rows rounded up to 4][summary_dim] float.
-    __device__ float* queries() { return reinterpret_cast<float*>(this + 1); }
-};
-
 int64_t select_smem_bytes(const BlockSelectParams& params) {
-    int group = params.problem.group();
-    int64_t rows =
-        ceil_div(tile_positions(group) / pool_size(group, kScanPool) * group, kWarpRows) * kWarpRows;
     int64_t dim = summary_dim(params.selector, static_cast<int>(params.problem.head_dim));
-    return static_cast<int64_t>(sizeof(SelectSmem)) + rows * dim * 4;
+    return static_cast<int64_t>(sizeof(SelectSmem)) + kCtaRows * dim * 4;
 }
 
 int64_t select_ctas(const BlockSelectParams& params, int sm_count) {
@@ -42,297 +24,224 @@ int64_t select_ctas(const BlockSelectParams& params, int sm_count) {
     return min_i64(tiles, static_cast<int64_t>(kCtasPerSm) * sm_count);
 }
 
-// What a tile scores.
-template <class T>
-struct TileUnits {
-    const T* summaries;  // of the KV head
-    int dim;             // summary_dim
-    int per_block;       // units of a block: a power of two, less than 32
-    int64_t num_blocks;  // blocks that some query of the tile may see
-    float scale;
-    int rows;  // pooled queries
+// Blocks in a CTA's part of the workspace, each [num_blocks].
+struct Scratch {
+    static constexpr int kArrays = 4;
+    uint32_t* masses;   // of the candidates: the eligible blocks, later the shortlist
+    int32_t* eligible;  // ascending
+    int32_t* shortlist;
+    int32_t* walked;
 
-    __device__ TileUnits(const BlockSelectParams& params, const device::TileRows& tile,
-                         const PooledRows& pooled)
-        : dim(summary_dim(params.selector, static_cast<int>(params.problem.head_dim))),
-          per_block(units_per_block(params.selector)),
-          scale(params.problem.scale),
-          rows(pooled.rows) {
-        const Problem& p = params.problem;
-        int64_t keys = p.kv_len;
-        if (p.causal) keys = max_i64(min_i64(tile.span().last + 1, keys), 0);
-        num_blocks = ceil_div(keys, kBlockKeys);
-        int64_t head = tile.batch * p.kv_heads + tile.kv_head;
-        summaries = static_cast<const T*>(params.summaries) +
-                    head * summary_units(params.selector, p.kv_len) * dim;
-    }
-    __device__ int64_t num_units() const { return num_blocks * per_block; }
+    __device__ Scratch(void* workspace, int64_t blocks)
+        : masses(static_cast<uint32_t*>(workspace) + blockIdx.x * kArrays * blocks),
+          eligible(reinterpret_cast<int32_t*>(masses + blocks)),
+          shortlist(eligible + blocks),
+          walked(shortlist + blocks) {}
 };
 
-// One mean query of the tile in float32, rounded to its dtype. Quest's bound is a dot product of
-// [max(q,0) | min(q,0)] with [max | min].
 template <class T>
-__device__ void load_pooled_query(float* query_smem, const BlockSelectParams& params,
-                                  const device::TileRows& tile, const PooledRows& pooled, int row) {
-    int head_dim = static_cast<int>(params.problem.head_dim);
-    int size = pooled.size(tile, row);
-    const T* src = nullptr;
-    if (size > 0) {
-        src = static_cast<const T*>(params.query.data) +
-              device::head_offset(params.query, tile.batch, pooled.head(tile, row)) +
-              pooled.first_query(tile, row) * params.query.stride_seq;
-    }
-    for (int d = static_cast<int>(threadIdx.x) % 32; d < head_dim; d += 32) {
-        float sum = 0.0f;
-        for (int i = 0; i < size; ++i) sum += to_float(src[i * params.query.stride_seq + d]);
-        float mean = size > 0 ? to_float(from_float<T>(sum / static_cast<float>(size))) : 0.0f;
-        if (params.selector == Selector::kQuest) {
-            query_smem[d] = mean < 0.0f ? 0.0f : mean;
-            query_smem[head_dim + d] = mean > 0.0f ? 0.0f : mean;
-        } else {
-            query_smem[d] = mean;
-        }
-    }
-}
+struct TileSelection {
+    const BlockSelectParams& params;
+    SelectSmem& smem;
+    const device::TileRows& tile;
+    Scratch scratch;
+    UnitSweep<T> units;  // of the tile's KV head
+    Lane lane = {};
 
-// Pooled queries and what they see. Each warp loads the rows that it scores.
-template <class T>
-__device__ void load_pooled_queries(SelectSmem& smem, const BlockSelectParams& params,
-                                    const device::TileRows& tile, const PooledRows& pooled,
-                                    const TileUnits<T>& units) {
-    Lane lane;
-    for (int set = 0; set < kRowSets; ++set) {
+    // Softmax sums of the warp's rows, which are rows first_row and on of the tile.
+    __device__ __forceinline__ void find_norm(UnitLevel level, BlockSet set, int first_row) {
+        LaneSum sums[kWarpRows];
+        units.sweep(level, set, [&](const float (&score)[kWarpRows], int) {
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r) sums[r].add(score[r]);
+        });
+#pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-            int row = set * kCtaRows + lane.row(r);
-            if (row / kWarpRows * kWarpRows >= units.rows) continue;  // none of the four exists
-            load_pooled_query<T>(smem.queries() + row * units.dim, params, tile, pooled, row);
-            int end = 0;
-            if (pooled.size(tile, row) > 0) {
-                end = block_select::visible_units(params.problem.ranges(),
-                                                  pooled.last_position(tile, row),
-                                                  unit_keys(params.selector));
-            }
-            if (lane.lane == 0) smem.visible_end[row] = end;
+            float lse = sums[r].over_warp().lse();
+            if (lane.lane == 0) smem.norm[first_row + lane.row(r)] = isfinite(lse) ? lse : INFINITY;
         }
+        __syncwarp();
     }
-    __syncwarp();
-}
 
-// Scores of this lane's unit against four rows of each set.
-struct UnitScores {
-    float score[kRowSets][kWarpRows];
-    bool counts[kRowSets][kWarpRows];  // visible, in a block without a non-finite score
-};
+    // Sum over the lanes of a block of what they hold of a row's softmax sum.
+    __device__ __forceinline__ float block_mass(float score, int row, int per_block) const {
+        float mass = expf(score - smem.norm[row]);
+        for (int offset = 1; offset < per_block; offset *= 2)
+            mass += __shfl_xor_sync(0xffffffffu, mass, offset);
+        return block_select::finite_mass(mass);
+    }
 
-// Does `flag` hold for no lane of this lane's block?
-__device__ __forceinline__ bool none_in_block(bool flag, int per_block) {
-    int lane = static_cast<int>(threadIdx.x) % 32;
-    uint32_t block_lanes = per_block == 32 ? 0xffffffffu : (1u << per_block) - 1;
-    uint32_t lanes = __ballot_sync(0xffffffffu, flag) >> (lane & ~(per_block - 1));
-    return (lanes & block_lanes) == 0;
-}
-
-// Calls body(scores, unit) for every unit of the tile, 32 at a time. All threads call it, and the
-// body too, which may use barriers.
-template <class T, class Body>
-__device__ __forceinline__ void sweep_units(SelectSmem& smem, const TileUnits<T>& units,
-                                            Body&& body) {
-    Lane lane;
-    for (int64_t first = 0; first < units.num_units(); first += kTileKeys) {
-        UnitScores scores = {};
-        for (int slab = 0; slab < units.dim; slab += kSlabDim) {
-            int dim = min(units.dim - slab, kSlabDim);
-            __syncthreads();  // everyone is done with the previous units
-            stage_rows(smem.units.element, smem.units.kStride, units.summaries + slab,
-                       int64_t{units.dim}, first, units.num_units(), dim);
+    // scratch.masses[i]: of the set's i-th block, the largest over the rows so far.
+    __device__ __forceinline__ void find_masses(UnitLevel level, BlockSet set, int first_row) {
+        units.sweep(level, set, [&](const float (&score)[kWarpRows], int place) {
+            float largest = 0.0f;
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r)
+                largest =
+                    fmaxf(largest, block_mass(score[r], first_row + lane.row(r), level.per_block));
+            if (lane.lane % level.per_block == 0)
+                smem.warp_mass[lane.warp][lane.lane / level.per_block] = largest;
             __syncthreads();
-#pragma unroll
-            for (int set = 0; set < kRowSets; ++set) {
-                int row = set * kCtaRows + lane.row(0);
-                if (row >= units.rows) continue;
-                accumulate_products(scores.score[set], smem.queries() + row * units.dim + slab,
-                                    units.dim, smem.units.element + lane.lane * smem.units.kStride,
-                                    dim);
-            }
+            // The sweep's barriers keep the next units' masses from these reads.
+            int slot = static_cast<int>(threadIdx.x);
+            int i = place - lane.lane / level.per_block + slot;
+            if (slot >= kTileKeys / level.per_block || i >= set.count) return;
+            float mass = first_row == 0 ? 0.0f : __uint_as_float(scratch.masses[i]);
+            for (int warp = 0; warp < kWarps; ++warp)
+                mass = fmaxf(mass, smem.warp_mass[warp][slot]);
+            scratch.masses[i] = __float_as_uint(mass);
+        });
+        __syncthreads();
+    }
+
+    // The `keep` blocks of largest mass of the candidates; returns how many. All threads call it.
+    __device__ int choose(const int32_t* candidates, int count, int keep, int32_t* list,
+                          int64_t width) {
+        if (threadIdx.x < 32) {
+            block_select::Threshold threshold = {0, count <= keep ? INT_MAX : 0};
+            if (count > keep && keep > 0)
+                threshold =
+                    block_select::radix_threshold(scratch.masses, count, keep, smem.histogram);
+            else if (count > keep)
+                threshold.mass = UINT32_MAX;  // takes none
+            int taken = block_select::write_list(scratch.masses, candidates, count, threshold, list,
+                                                 nullptr);
+            block_select::pad_list(list, taken, width);
+            if (lane.lane == 0) smem.count = taken;
         }
-        int64_t unit = first + lane.lane;
-#pragma unroll
-        for (int set = 0; set < kRowSets; ++set) {
-            if (set * kCtaRows + lane.row(0) >= units.rows) continue;
+        return shared_count();
+    }
+    // What smem.count holds for all.
+    __device__ int shared_count() {
+        __syncthreads();
+        int count = smem.count;
+        __syncthreads();  // it may change
+        return count;
+    }
+
+    // Softmax sums, relative to exp(norm), of candidates that are not in `inside`: the pooled
+    // estimate, or for `block` the log of a sum that the refinement will need.
+    __device__ __forceinline__ void estimate_pooled(const PooledRows& pooled, UnitLevel level,
+                                                    BlockSet candidates, BlockSet inside,
+                                                    int first_row) {
+        float outside[kWarpRows] = {};
+        units.sweep(level, candidates, [&](const float (&score)[kWarpRows], int place) {
+            bool counts = place < candidates.count && !inside.contains(candidates.at(place));
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
-                float score = __fmul_rn(scores.score[set][r], units.scale);
-                bool visible = unit < smem.visible_end[set * kCtaRows + lane.row(r)];
-                scores.score[set][r] = score;
-                scores.counts[set][r] =
-                    none_in_block(visible && !isfinite(score), units.per_block) && visible;
+                float mass = block_mass(score[r], first_row + lane.row(r), level.per_block);
+                bool first_lane = lane.lane % level.per_block == 0;
+                outside[r] += counts && first_lane ? mass : 0.0f;
             }
-        }
-        body(scores, unit);
-    }
-}
-
-// Sums over the lanes of a block; every lane of the block gets the sum.
-__device__ __forceinline__ float block_sum(float x, int per_block) {
-    for (int offset = 1; offset < per_block; offset *= 2) {
-        x += __shfl_xor_sync(0xffffffffu, x, offset);
-    }
-    return x;
-}
-
-// Softmax sums of this warp's rows.
-template <class T>
-__device__ __forceinline__ void sum_rows(SelectSmem& smem, const TileUnits<T>& units) {
-    LaneSum sums[kRowSets][kWarpRows];
-    sweep_units(smem, units, [&](const UnitScores& scores, int64_t) {
-#pragma unroll
-        for (int set = 0; set < kRowSets; ++set)
-#pragma unroll
-            for (int r = 0; r < kWarpRows; ++r)
-                if (scores.counts[set][r]) sums[set][r].add(scores.score[set][r]);
-    });
-    Lane lane;
-#pragma unroll
-    for (int set = 0; set < kRowSets; ++set) {
+        });
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-            LaneSum row = sums[set][r].over_warp();
-            if (lane.lane == 0) smem.softmax[set * kCtaRows + lane.row(r)] = row;
+            int row = first_row + lane.row(r);
+            float sum = warp_sum(outside[r]);
+            if (lane.lane >= pooled.size(row)) continue;
+            bool refines = params.selector == Selector::kBlock;
+            float log_sum = sum > 0.0f ? logf(fminf(sum, FLT_MAX)) + smem.norm[row] : -INFINITY;
+            int64_t first = pooled.flat_row(row, params.problem.query_heads);
+            params.omitted_mass_estimate[first + lane.lane] = refines ? log_sum : fminf(sum, 1.0f);
         }
     }
-    __syncwarp();
-}
 
-// The part of a row's softmax sum that this lane's unit holds.
-__device__ __forceinline__ float unit_weight(const UnitScores& scores, int set, int r,
-                                             const LaneSum& row) {
-    return scores.counts[set][r] ? expf(scores.score[set][r] - row.largest) : 0.0f;
-}
-
-// mass[block] = the largest mass that any row gives the block; -1 where it is not eligible.
-template <class T>
-__device__ __forceinline__ void find_masses(float* mass, SelectSmem& smem,
-                                            const TileUnits<T>& units, const Ranges& ranges,
-                                            TileSpan span) {
-    Lane lane;
-    sweep_units(smem, units, [&](const UnitScores& scores, int64_t unit) {
-        float largest = 0.0f;
-#pragma unroll
-        for (int set = 0; set < kRowSets; ++set) {
+    // Turns the estimates, logs of pooled sums R over blocks outside the walked ones, into shares.
+    __device__ __forceinline__ void estimate_refined(const PooledRows& pooled, UnitLevel level,
+                                                     const EligibleBlocks& eligible,
+                                                     BlockSet walked, BlockSet listed,
+                                                     int first_row) {
+        LaneSum all[kWarpRows], omitted[kWarpRows];
+        units.sweep(level, walked, [&](const float (&score)[kWarpRows], int place) {
+            int block = place < walked.count ? walked.at(place) : -1;
+            bool counts = eligible.contains(block) && !listed.contains(block);
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
-                const LaneSum& row = smem.softmax[set * kCtaRows + lane.row(r)];
-                float sum = block_sum(unit_weight(scores, set, r, row), units.per_block);
-                if (sum > 0.0f) largest = fmaxf(largest, sum / row.sum);
+                all[r].add(score[r]);
+                if (counts) omitted[r].add(score[r]);
             }
-        }
-        if (lane.lane % units.per_block == 0) {
-            smem.warp_mass[lane.warp][lane.lane / units.per_block] = largest;
-        }
-        __syncthreads();
-        // The sweep's barriers keep the next units' masses from these reads.
-        int slot = static_cast<int>(threadIdx.x);
-        int64_t block = (unit - lane.lane) / units.per_block + slot;
-        if (slot < kTileKeys / units.per_block && block < units.num_blocks) {
-            float tile_mass = 0.0f;
-            for (int warp = 0; warp < kWarps; ++warp) {
-                tile_mass = fmaxf(tile_mass, smem.warp_mass[warp][slot]);
-            }
-            mass[block] = is_eligible(ranges, span, block) ? tile_mass : -1.0f;
-        }
-    });
-    __syncthreads();
-}
-
-// Finds the mass of the max_blocks-th eligible block; kNoPrefix when there are fewer.
-__device__ void find_smallest_mass(SelectSmem& smem, const float* mass, int64_t blocks,
-                                   int64_t max_blocks) {
-    int thread = static_cast<int>(threadIdx.x);
-    for (int bin = thread; bin < kRadixBins; bin += kThreads) smem.histogram[bin] = 0;
-    if (thread == 0) smem.radix = {0, static_cast<uint32_t>(min_i64(max_blocks, INT_MAX)), 0};
-    __syncthreads();
-    for (int pass = 0; pass < kRadixPasses; ++pass) {
-        RadixRow row = smem.radix;
-        if (row.prefix == kNoPrefix) return;
-        int digit_shift = 32 - kRadixBits * (pass + 1);
-        for (int64_t block = thread; block < blocks; block += kThreads) {
-            if (mass[block] < 0.0f) continue;
-            uint32_t leading = ordered_key(mass[block]) >> digit_shift;
-            if (leading >> kRadixBits == row.prefix) {
-                atomicAdd(&smem.histogram[leading % kRadixBins], 1u);
-            }
-        }
-        __syncthreads();
-        if (thread < 32) {
-            RadixRow next = narrow_row(row, smem.histogram, pass);
-            if (thread == 0) smem.radix = next;
-        }
-        __syncthreads();
-    }
-}
-
-// Writes the list, ascending, and marks what it takes by a mass of -1. One warp calls it.
-__device__ void write_list(const RadixRow& smallest, float* mass, int64_t blocks,
-                           int64_t max_blocks, int32_t* indices, int32_t* count) {
-    int lane = static_cast<int>(threadIdx.x) % 32;
-    uint32_t before = (1u << lane) - 1;
-    bool all = smallest.prefix == kNoPrefix;
-    uint32_t ties_left = smallest.remaining;
-    int64_t taken = 0;
-    for (int64_t base = 0; base < blocks && max_blocks > 0; base += 32) {
-        int64_t block = base + lane;
-        float own = block < blocks ? mass[block] : -1.0f;
-        uint32_t key = ordered_key(own);
-        bool eligible = own >= 0.0f;
-        bool tie = eligible && !all && key == smallest.prefix;
-        uint32_t ties = __ballot_sync(0xffffffffu, tie);
-        bool take = eligible && (all || key > smallest.prefix);
-        take |= tie && static_cast<uint32_t>(__popc(ties & before)) < ties_left;
-        ties_left -= min(ties_left, static_cast<uint32_t>(__popc(ties)));
-        uint32_t takes = __ballot_sync(0xffffffffu, take);
-        if (take) {
-            indices[taken + __popc(takes & before)] = static_cast<int32_t>(block);
-            mass[block] = -1.0f;
-        }
-        taken += __popc(takes);
-    }
-    for (int64_t i = taken + lane; i < max_blocks; i += 32) indices[i] = -1;
-    if (lane == 0) *count = static_cast<int32_t>(taken);
-}
-
-// One minus the mass that is listed or not eligible: the mass of the eligible blocks left out.
-template <class T>
-__device__ __forceinline__ void write_estimate(const BlockSelectParams& params, const float* mass,
-                                               SelectSmem& smem, const TileUnits<T>& units,
-                                               const device::TileRows& tile,
-                                               const PooledRows& pooled) {
-    Lane lane;
-    float left_out[kRowSets][kWarpRows] = {};
-    sweep_units(smem, units, [&](const UnitScores& scores, int64_t unit) {
-        int64_t block = unit / units.per_block;
-        if (block >= units.num_blocks || mass[block] < 0.0f) return;
-#pragma unroll
-        for (int set = 0; set < kRowSets; ++set)
-#pragma unroll
-            for (int r = 0; r < kWarpRows; ++r)
-                left_out[set][r] +=
-                    unit_weight(scores, set, r, smem.softmax[set * kCtaRows + lane.row(r)]);
-    });
-#pragma unroll
-    for (int set = 0; set < kRowSets; ++set) {
+        });
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-            int row = set * kCtaRows + lane.row(r);
-            float part = warp_sum(left_out[set][r]);
-            if (lane.lane >= pooled.size(tile, row)) continue;
-            float sum = smem.softmax[row].sum;
-            int64_t head = tile.batch * params.problem.query_heads + pooled.head(tile, row);
-            int64_t query = pooled.first_query(tile, row) + lane.lane;
-            params.omitted_mass_estimate[head * params.problem.query_len + query] =
-                sum > 0.0f ? part / sum : 0.0f;
+            LaneSum sum = all[r].over_warp(), part = omitted[r].over_warp();
+            int row = first_row + lane.row(r);
+            if (lane.lane != 0 || row >= pooled.rows) continue;
+            float* at =
+                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            float reference = finite_reference(sum.largest);
+            // A middle unit stands for four fine ones. The bound keeps inf / inf away.
+            float unseen = fminf(4.0f * expf(*at - reference), 1e30f);
+            float share = (part.sum * expf(part.largest - reference) + unseen) / (sum.sum + unseen);
+            share = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
+            for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
         }
     }
-}
+
+    // The blocks that the attention would walk, into scratch.walked.
+    __device__ BlockSet walk(BlockSet list) {
+        if (threadIdx.x == 0) {
+            device::BlockWalk walk(params.problem.ranges(), tile.span(), list.blocks, list.count,
+                                   list.count);
+            smem.count = 0;
+            for (int block; (block = walk.next().block) != INT_MAX;)
+                scratch.walked[smem.count++] = block;
+        }
+        return {scratch.walked, shared_count()};
+    }
+
+    // The scan's list, of `width` blocks.
+    __device__ BlockSet scan(const EligibleBlocks& eligible, int32_t* list, int64_t width) {
+        const PooledRows pooled(tile, kScanPool);
+        const ScoringLevels levels = scan_levels(params.selector);
+        const BlockSet reachable = {
+            nullptr, block_select::reachable_blocks(params.problem.ranges(), tile.span())};
+        const BlockSet candidates = {scratch.eligible, eligible.count()};
+        for (int i = threadIdx.x; i < candidates.count; i += kThreads)
+            scratch.eligible[i] = eligible.at(i);
+        __syncthreads();
+        const bool scores = candidates.count > width;
+        for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
+            units.load_pooled(pooled, row);
+            find_norm(levels.norm, reachable, row);
+            find_masses(levels.mass, candidates, row);
+        }
+        const int keep = static_cast<int>(min_i64(width, candidates.count));
+        BlockSet taken = {list, choose(candidates.blocks, candidates.count, keep, list, width)};
+        if (params.omitted_mass_estimate) {
+            const bool refines = params.selector == Selector::kBlock;
+            const BlockSet inside = refines ? walk(taken) : taken;
+            for (int row = 0; row < pooled.rows; row += kCtaRows) {
+                units.load_pooled(pooled, row);
+                if (!scores && lane.lane < kWarpRows)
+                    smem.norm[row + lane.row(lane.lane)] = INFINITY;  // nothing is left out
+                __syncwarp();
+                estimate_pooled(pooled, levels.mass, scores ? candidates : BlockSet{nullptr, 0},
+                                inside, row);
+            }
+        }
+        return taken;
+    }
+
+    __device__ void refine(const EligibleBlocks& eligible, BlockSet shortlist, int32_t* list) {
+        const PooledRows pooled(tile, kRefinementPool);
+        const ScoringLevels levels = kRefinementLevels;
+        const int keep = static_cast<int>(min_i64(params.max_blocks, eligible.count()));
+        const bool scores = eligible.count() > params.max_blocks;
+        const BlockSet walked = walk(shortlist);
+        for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
+            units.load_pooled(pooled, row);
+            find_norm(levels.norm, walked, row);
+            find_masses(levels.mass, shortlist, row);
+        }
+        BlockSet taken = {list,
+                          choose(shortlist.blocks, shortlist.count, keep, list, params.max_blocks)};
+        if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+        for (int row = 0; params.omitted_mass_estimate && row < pooled.rows; row += kCtaRows) {
+            units.load_pooled(pooled, row);
+            estimate_refined(pooled, levels.mass, eligible, walked, taken, row);
+        }
+    }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
@@ -341,25 +250,26 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<SelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
-    float* mass = static_cast<float*>(params.workspace) + blockIdx.x * num_blocks(problem.kv_len);
+    const int dim = summary_dim(params.selector, static_cast<int>(problem.head_dim));
+    const int64_t blocks = num_blocks(problem.kv_len);
     for (int64_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
         __syncthreads();  // everyone is done with the previous tile
-        device::TileRows tile = device::TileRows::from_index(problem, index);
-        PooledRows pooled(tile);
-        TileUnits<T> units(params, tile, pooled);
-        load_pooled_queries(smem, params, tile, pooled, units);
-
-        sum_rows(smem, units);
-        find_masses(mass, smem, units, problem.ranges(), tile.span());
-        find_smallest_mass(smem, mass, units.num_blocks, params.max_blocks);
-        if (threadIdx.x < 32) {
-            write_list(smem.radix, mass, units.num_blocks, params.max_blocks,
-                       params.block_indices + tile.tile_index * params.max_blocks,
-                       params.block_counts + tile.tile_index);
+        const device::TileRows tile = device::TileRows::from_index(problem, index);
+        const EligibleBlocks eligible(problem.ranges(), tile.span());
+        const int64_t head = tile.batch * problem.kv_heads + tile.kv_head;
+        const T* summaries = static_cast<const T*>(params.summaries) +
+                             head * summary_rows(params.selector, problem.kv_len) * dim;
+        TileSelection<T> selection{params, smem, tile, Scratch(params.workspace, blocks),
+                                   UnitSweep<T>{smem, params, tile, summaries, dim}};
+        int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
+        if (params.selector == Selector::kBlock) {
+            int64_t width = min_i64(shortlist_width(params.max_blocks), blocks);
+            BlockSet shortlist = selection.scan(eligible, selection.scratch.shortlist, width);
+            selection.refine(eligible, shortlist, list);
+        } else {
+            BlockSet taken = selection.scan(eligible, list, params.max_blocks);
+            if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
         }
-        if (params.omitted_mass_estimate == nullptr) continue;
-        __syncthreads();  // the list's marks are seen by all
-        write_estimate(params, mass, smem, units, tile, pooled);
     }
 }
 
@@ -367,7 +277,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
 }  // namespace simt
 
 int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int sm_count) {
-    return simt::select_ctas(params, sm_count) * num_blocks(params.problem.kv_len) * 4;
+    return simt::select_ctas(params, sm_count) * simt::Scratch::kArrays *
+           num_blocks(params.problem.kv_len) * 4;
 }
 
 Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context) {

@@ -9,7 +9,7 @@ using namespace block_select;
 
 template <class T, int kDim>
 Status scan_and_refine(const Call& call) {
-    Status status = scan<ScanTraits<T, kDim, 1, Selector::kBlock, true>>(call);
+    Status status = scan<ScanTraits<T, kDim, 8, Selector::kBlock, true>>(call);
     if (status.ok()) status = refine<RefineTraits<T, kDim, true>>(call);
     return status.ok() ? estimate<RefineTraits<T, kDim, true>>(call) : status;
 }

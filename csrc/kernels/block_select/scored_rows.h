@@ -1,4 +1,5 @@
-// Averages a tile's queries over short runs of positions and lays them out as A operands.
+// The rows of a tile that are scored, queries averaged over a few positions: what they see, and how
+// they come about.
 #pragma once
 
 #include "condensate/params.h"
@@ -39,7 +40,7 @@ struct PooledRows {
     }
 };
 
-// Units that a pooled query sees; units are in key order, so they are a prefix.
+// Units that a query sees; units are in key order, so they are a prefix.
 __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_position,
                                              int unit_keys) {
     if (!r.causal || last_position >= r.kv_len - 1) {
