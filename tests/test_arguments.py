@@ -146,7 +146,9 @@ def test_selection_arguments(refused, device):
 
     bad(
         {"kv_len": 300},
-        "summaries has shape [1, 1, 84, 64]", "[1, kv_heads, 105, 64]", "kv_len 300",
+        "summaries has shape [1, 1, 84, 64]",
+        "[1, kv_heads, 105, 64]",
+        "kv_len 300",
     )
     bad({"kv_len": -1}, "kv_len")
     bad({"selector": "quest"}, "summaries has shape", "same selector")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import condensate_ext  # noqa: F401
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_summaries(device, selector, kv_len):
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_longer_contexts_take_the_heaviest_blocks(device, seed, selector, group):
     case = Case(
-        device, seed, torch.bfloat16, group=group, query_len=40, kv_len=20_000, window=256,
+        device, seed, torch.bfloat16, group=group, query_len=41, kv_len=20_000, window=256,
         anchors=64, topk=1728, selector=selector, scale=0.2,
     )  # fmt: skip
     scores, lists = _lists(case, *case.tensors()[:2])
@@ -186,12 +188,23 @@ def test_fine_units_rank_the_shortlist_and_nothing_else(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_queries_that_cancel_in_their_pool_are_scored_on_their_own(device, dtype):
+def test_pairs_of_queries_that_cancel_in_the_scan_are_refined_apart(device, dtype):
     levels = torch.zeros(60, 64)
     levels[33] = 8.0
     case = _one_channel_case(device, dtype, 60, query_len=4, window=4)
-    scores, indices, counts = _one_channel(case, levels.flatten(), [1.0, -1.0, 1.0, -1.0])
+    scores, indices, counts = _one_channel(case, levels.flatten(), [1.0, 1.0, -1.0, -1.0])
     assert indices.flatten().tolist() == [33]
+    selection.check_lists(scores, indices, counts, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_without_a_middle_unit_has_no_masses(device, dtype):
+    """The query at position 10 sees fine units but nothing to divide their sum by."""
+    case = replace(_one_channel_case(device, dtype, 2, query_len=64), kv_len=74)
+    levels = torch.zeros(74)
+    levels[:8], levels[64:] = -8.0, 8.0
+    scores, indices, counts = _one_channel(case, levels, [-1.0] + [1.0] * 63)
+    assert indices.flatten().tolist() == [1]
     selection.check_lists(scores, indices, counts, 1)
 
 

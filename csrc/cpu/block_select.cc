@@ -34,7 +34,7 @@ struct ScoredRows {
     void finish_norm() {
         for (int row = 0; row < kMaxRows; ++row) {
             const float sum = state->sum[row];
-            const bool usable = sum > 0 && std::isfinite(sum);
+            const bool usable = sum > 0;  // it sees a unit, and no NaN or +inf, which make it NaN
             norm_max[row] = usable ? state->max[row] : 0.0f;
             norm_inverse[row] = usable ? 1.0f / sum : 0.0f;
         }

@@ -70,9 +70,8 @@ struct TileOps {
     void (*block_sums)(const float* scores, int units, const int32_t* visible_end, int panels,
                        float* block_max, float* block_sum);
 
-    // One block's masses: block_sum * exp(block_max - norm_max) * norm_inverse per row, 0 where
-    // that is NaN, the largest float where it overflows. Returns the largest; `mass` may be
-    // block_sum.
+    // One block's masses: block_sum * exp(block_max - norm_max) * norm_inverse per row, the largest
+    // float where that overflows. Returns the largest; `mass` may be block_sum.
     float (*block_mass)(const float* block_max, const float* block_sum, const float* norm_max,
                         const float* norm_inverse, int panels, float* mass);
 

@@ -319,7 +319,6 @@ static float block_mass(const float* block_max, const float* block_sum, const fl
         Vec m = load<Vec>(block_sum + row) * load<Vec>(norm_inverse + row) * exp_nonpositive(x);
         m *= large != 0 ? splat(7.89629602e+13f) : splat(1.0f);  // e^32
         m = m > kLargest ? splat(kLargest) : m;
-        m = m == m ? m : splat(0.0f);
         store(mass + row, m);
         best = vmax(best, m);
     }
@@ -382,5 +381,5 @@ static void order_keys(const float* scores, int64_t n, uint32_t* keys) {
 
 #undef CONDENSATE_INLINE
 
-static const TileOps kOps = {kName,      load_rows,  score,        mask,        softmax,
+static const TileOps kOps = {kName,      load_rows,  score,      mask,        softmax,
                              accumulate, block_sums, block_mass, log_sum_exp, order_keys};

@@ -292,8 +292,8 @@ TEST(CpuBlockSelect, ShortlistsMatchTheReference) {
     int64_t lists = 0, different = 0;
     for (int n = 0; n < 24; ++n) {
         Shape shape = random_shape(random, 60);
-        shape.kv_len = 64 * (67 + static_cast<int64_t>(random() % 40)) +
-                       static_cast<int64_t>(random() % 64);
+        shape.kv_len =
+            64 * (67 + static_cast<int64_t>(random() % 40)) + static_cast<int64_t>(random() % 64);
         shape.query_len = 1 + static_cast<int64_t>(random() % 20);
         shape.head_dim = 16;
         shape.batch = 1;

@@ -20,7 +20,6 @@ TILES = "test_attention.py tile_and_block_edges"
 LENGTHS = "test_attention.py any_lengths"
 BAD_LISTS = "test_contents.py bad_list or garbage"
 TIES = "test_block_selection.py ties_go"
-BLOCKS = "test_attention.py any_lengths and block or strided and block"
 SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
@@ -108,7 +107,7 @@ CPU = (
         "cpu/block_select.cc",
         "sum[d] / static_cast<float>(end - first)",
         "sum[d] / static_cast<float>(pool_size(p_.group(), kScanPool))",
-        BLOCKS,
+        "test_block_selection.py longer_contexts",
     ),
     Mutant(
         "tile_mass_of_the_last_rows",
@@ -174,10 +173,17 @@ CPU = (
         "test_block_selection.py overflow",
     ),
     Mutant(
-        "nan_has_a_mass",
+        "mass_without_a_norm",
         "cpu/block_select.cc",
-        "const bool usable = sum > 0 && std::isfinite(sum);",
-        "const bool usable = true;",
+        "const bool usable = sum > 0;",
+        "const bool usable = sum >= 0;",
+        "test_block_selection.py without_a_middle",
+    ),
+    Mutant(
+        "nan_left_out_of_the_norm",
+        "cpu/tile_ops.inl",
+        "total[n] += weight;",
+        "total[n] += weight == weight ? weight : splat(0.0f);",
         "test_block_selection.py not_finite or sees_a_nan",
     ),
     Mutant(
