@@ -9,20 +9,23 @@
 
 namespace condensate::kernels::block_select {
 
-// Where the pooled rows of a tile come from: row r is pool r % pools of head r / pools.
+// Where the pooled rows of a tile come from: row r is pool r % pools of head
+// r / pools, pools a power of two.
 struct PooledRows {
-    int pool;   // positions averaged
-    int pools;  // per head; a power of two
+    int pool;        // positions averaged
+    int log2_pools;  // pools per head
     int rows;
 
-    __device__ explicit PooledRows(const device::TileRows& tile)
-        : pool(query_pool(tile.group)), pools(tile.positions / pool), rows(pools * tile.group) {}
+    __device__ explicit PooledRows(const device::TileRows& tile) : pool(query_pool(tile.group)) {
+        log2_pools = 31 - __clz(tile.positions / pool);
+        rows = tile.group << log2_pools;
+    }
 
     __device__ int64_t first_query(const device::TileRows& tile, int row) const {
-        return tile.first_query + (row % pools) * pool;
+        return tile.first_query + (row & ((1 << log2_pools) - 1)) * pool;
     }
     __device__ int head(const device::TileRows& tile, int row) const {
-        return tile.kv_head * tile.group + row / pools;
+        return tile.kv_head * tile.group + (row >> log2_pools);
     }
     // Existing queries of the pool; 0 for rows past the tile or the sequence.
     __device__ int size(const device::TileRows& tile, int row) const {
@@ -39,13 +42,18 @@ struct PooledRows {
 struct RefinedRows {
     device::TileRows tile;
     int positions, rows;
+    int inverse;  // ceil(2^16 / positions): row / positions == row * inverse >> 16 for rows < 128
 
     __device__ explicit RefinedRows(const device::TileRows& tile)
         : tile(tile),
           positions(static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query))),
-          rows(positions * tile.group) {}
-    __device__ int64_t query(int row) const { return tile.first_query + row % positions; }
-    __device__ int head(int row) const { return tile.kv_head * tile.group + row / positions; }
+          rows(positions * tile.group),
+          inverse((65535 + positions) / positions) {}
+    __device__ int head_in_group(int row) const { return row * inverse >> 16; }
+    __device__ int head(int row) const { return tile.kv_head * tile.group + head_in_group(row); }
+    __device__ int64_t query(int row) const {
+        return tile.first_query + row - head_in_group(row) * positions;
+    }
     __device__ int64_t flat_row(int row, int64_t query_heads) const {
         return (tile.batch * query_heads + head(row)) * tile.query_len + query(row);
     }
