@@ -94,10 +94,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         tile.begin(pooled, eligible, shortlists);
         find_norm(tile);
         find_masses(tile, masses, width);
+        // The other warps go on to load the next tile: its state in shared memory is thread 0's to
+        // write, its masses come after barriers.
         if (threadIdx.x < 32)
             choose(smem, smem.histogram[0], masses, width,
                    params.block_indices + smem.pooled.tile.tile_index * keep, keep);
-        __syncthreads();  // the tile's state in shared memory is not read any more
     }
 }
 

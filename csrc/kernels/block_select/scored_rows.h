@@ -15,6 +15,7 @@ struct PooledRows {
     int pool;   // positions averaged
     int pools;  // per head that hold a query
     int rows;
+    int inverse;  // ceil(2^16 / pools): row / pools == row * inverse >> 16 for rows < 128
 
     __device__ PooledRows(const device::TileRows& tile, int most)
         : tile(tile), pool(pool_size(tile.group, most)) {
@@ -22,10 +23,14 @@ struct PooledRows {
             static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query));
         pools = (positions + pool - 1) / pool;
         rows = pools * tile.group;
+        inverse = (65535 + pools) / pools;
     }
 
-    __device__ int64_t first_query(int row) const { return tile.first_query + row % pools * pool; }
-    __device__ int head(int row) const { return tile.kv_head * tile.group + row / pools; }
+    __device__ int head_in_group(int row) const { return row * inverse >> 16; }
+    __device__ int head(int row) const { return tile.kv_head * tile.group + head_in_group(row); }
+    __device__ int64_t first_query(int row) const {
+        return tile.first_query + (row - head_in_group(row) * pools) * pool;
+    }
     // Existing queries of the pool; 0 for rows past the tile.
     __device__ int size(int row) const {
         if (row >= rows) return 0;
