@@ -1,6 +1,6 @@
 """Quality on a trained model: `python -m bench.fidelity --model DIR --text FILE`.
 
-Writes bench/results/nvidia-h200/fidelity.json, one record a protocol, selector and budget:
+Writes bench/results/<card>/fidelity.json, one record a protocol, selector and budget:
 
 decode    dense prefill, then the last tokens of each document one query at a time through the
           policy in every layer; KL to dense decoding in nats, top-1 agreement, perplexity change.
@@ -31,7 +31,6 @@ from rich.table import Table
 from bench import report
 from bench.report import Record
 
-OUTPUT = report.ROOT / "bench" / "results" / "nvidia-h200" / "fidelity.json"
 WINDOW, ANCHORS = 256, 64
 GREEDY_TOKENS = 64
 # torch's dense float32 attention keeps a score matrix for grouped heads; chunks keep it small.
@@ -185,7 +184,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--needle-keys", type=int, nargs="+", default=[2048, 1024])
     parser.add_argument("--needle-distance", type=int, default=24576, help="tokens")
     parser.add_argument("--only", nargs="+", choices=("decode", "needles", "greedy"))
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=report.results_folder() / "fidelity.json")
     return parser.parse_args(arguments)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-from bench.report import RESULTS, Record
+from bench.report import Record, results_folder
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,7 +57,7 @@ def draw(records: list[Record], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    source = Path(arguments[0]) if arguments else RESULTS
+    source = Path(arguments[0]) if arguments else results_folder() / "prefill.json"
     target = Path(arguments[1]) if len(arguments) > 1 else source.with_suffix(".png")
     draw(json.loads(source.read_text(encoding="utf-8"))["records"], target)
     print(target)

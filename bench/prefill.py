@@ -1,6 +1,6 @@
 """Prefill on a GPU: attention() and its stages against dense kernels and FlexAttention.
 
-`python -m bench.prefill` writes bench/results/nvidia-h200/prefill.json; `--quick` measures one
+`python -m bench.prefill` writes bench/results/<card>/prefill.json; `--quick` measures one
 case, `--dry-run` needs no GPU and prints what would be measured.
 
 total_ms is one attention() call, selection inside; select_ms is block_summaries + select_blocks,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FLEX = "flex_same_lists"
 MAX_DIFFERENCE = 0.05  # of two 16-bit results of size 4 at most: the same mask, not the last bit
-QUALITY = "bench/results/nvidia-h200/fidelity.json"  # quality of these settings on a trained model
+QUALITY = "fidelity.json"  # beside this run's file: these settings on a trained model
 
 
 class CaseRun:
@@ -230,7 +230,7 @@ def main() -> int:
     parser.add_argument(
         "--budget-seconds", type=float, default=150.0, help="skip cases beyond this"
     )
-    parser.add_argument("--output", type=Path, default=report.RESULTS)
+    parser.add_argument("--output", type=Path, default=report.results_folder() / "prefill.json")
     parser.add_argument("--dry-run", action="store_true", help="print the cases and stop")
     options = parser.parse_args()
     cases = CASES[:1] if options.quick else CASES

@@ -16,7 +16,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = Path(__file__).with_name("prefill.schema.json")
-RESULTS = ROOT / "bench" / "results" / "nvidia-h200" / "prefill.json"
+RESULTS = ROOT / "bench" / "results"  # a folder a card
 Record = dict[str, Any]
 CASE_COLUMNS = (
     "case", "keys/query", "total ms", "select ms", "attend ms", "best dense ms",
@@ -31,6 +31,17 @@ def command_output(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return text.strip().splitlines()[0] if text.strip() else "unknown"
+
+
+def results_folder() -> Path:
+    """Where results of this GPU belong: "NVIDIA H100 80GB HBM3" -> nvidia-h100."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    return RESULTS / "-".join(name.lower().split()[:2])
+
+
+def committed(name: str) -> list[Path]:
+    """The files of this name, of every card."""
+    return sorted(RESULTS.glob(f"*/{name}.json"))
 
 
 def environment() -> Record:

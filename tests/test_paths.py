@@ -13,6 +13,7 @@ from tests.testkit.definition import tile_positions
 ops = torch.ops.condensate
 PATHS = {"cpu": ("cpu", "cpu_reference"), "cuda": ("sm80", "simt", "sm90")}
 OTHER_DEVICE = {"cpu": "sm80", "cuda": "cpu"}
+WITH_SM90 = ("select_blocks", "attention")  # stages with kernels of their own
 EDGES = [(63, 129), (64, 128), (65, 127), (127, 193), (128, 192), (129, 191), (64, 1), (300, 130)]
 
 
@@ -64,8 +65,7 @@ def test_a_forced_path_is_the_one_that_runs(device, monkeypatch, choice):
     plans = list(_all_ops(case))
     stages = ["select_blocks", "select_tokens", "attention", "omitted_mass"]
     assert [plan.split(":")[0] for plan in plans] == stages
-    others = "sm80" if path == "sm90" else path
-    ran = [path if stage == "attention" else others for stage in stages]
+    ran = [path if stage in WITH_SM90 or path != "sm90" else "sm80" for stage in stages]
     assert all(f"path={p} (forced" in plan for p, plan in zip(ran, plans, strict=True))
 
 
@@ -111,7 +111,7 @@ def test_paths_without_force(device):
     half, single = (Case(device, dtype=t) for t in (torch.float16, torch.float32))
     portable, fallback = {"cpu": ("cpu", "cpu"), "cuda": ("sm80", "simt")}[device]
     for plan in _all_ops(half):
-        hopper = device == "cuda" and has_sm90() and plan.startswith("attention:")
+        hopper = device == "cuda" and has_sm90() and plan.split(":")[0] in WITH_SM90
         assert f"path={'sm90' if hopper else portable} (" in plan
     odd = Case(device, dtype=torch.float16, layouts=("misaligned",) * 3)
     for case in (single, odd):

@@ -24,14 +24,15 @@ SHARED = re.compile(r"(\d+) bytes smem")
 FATAL = re.compile(r"^\s*ptxas\b.*(?:warning|\(C75\d\d\)|serializ)", re.IGNORECASE)
 
 # (architecture, kernel, template integers) -> most bytes of spill stores plus loads, either dtype.
-# These run at the limit of 255 registers (two CTAs a multiprocessor); fewer spills are welcome.
+# These run at the limit of registers (two CTAs a multiprocessor); fewer spills are welcome.
 KNOWN_SPILLS = {
     ("sm_80", "attention_kernel", "Li128ELi2E"): 64,
     ("sm_80", "attention_kernel", "Li64ELi2E"): 32,
     ("sm_90", "attention_kernel", "Li128ELi2E"): 64,
-    ("sm_80", "block_select_kernel", "Li128ELi4E"): 160,
-    ("sm_90", "block_select_kernel", "Li128ELi1E"): 32,
-    ("sm_90", "block_select_kernel", "Li256ELi4E"): 320,
+    ("sm_80", "block_scan_kernel", "Li128ELi8E"): 16,
+    ("sm_90", "block_scan_kernel", "Li128ELi8E"): 16,
+    ("sm_80", "block_scan_kernel", "Li256ELi4E"): 16,
+    ("sm_90", "block_scan_kernel", "Li256ELi4E"): 16,
 }
 
 

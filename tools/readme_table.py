@@ -1,6 +1,6 @@
 """Writes the tables of README.md from the committed results: `python tools/readme_table.py`.
 
-Every figure between the markers comes from bench/results/nvidia-h200; `--check` changes nothing and
+Every figure between the markers comes from bench/results, of the first of CARDS that has them; `--check` changes nothing and
 fails when the README says something else.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "bench" / "results" / "nvidia-h200"
+RESULTS = ROOT / "bench" / "results"
+CARDS = ("nvidia-h200", "nvidia-h100")
 PROTOCOLS = {
     "decode": "decode, one query at a time",
     "needles": "needles, asked in the last tile",
@@ -110,12 +111,12 @@ def fill(text: str) -> str:
         _, found, tail = rest.partition(end)
         if not found:
             raise SystemExit(f"README.md lacks the markers of table '{name}'")
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            document = json.loads(path.read_text(encoding="utf-8"))
+        paths = [path for card in CARDS if (path := RESULTS / card / f"{name}.json").exists()]
+        if paths:
+            document = json.loads(paths[0].read_text(encoding="utf-8"))
             text = f"{head}{begin}\n{table(document)}\n{end}{tail}"
         else:
-            print(f"{path} is missing: table '{name}' stays as it is", file=sys.stderr)
+            print(f"no {name}.json in {RESULTS}: its table stays as it is", file=sys.stderr)
     return text
 
 
