@@ -196,8 +196,8 @@ CPU = (
     Mutant(
         "rest_counted_once",
         "cpu/block_select.cc",
-        "4 * std::exp(double{s_.rest[pool_of(g, i)]}",
-        "1 * std::exp(double{s_.rest[pool_of(g, i)]}",
+        "4 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]}",
+        "1 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]}",
         SHORTLISTS,
     ),
     Mutant(
