@@ -1,7 +1,7 @@
 """Writes the tables of README.md from the committed results: `python tools/readme_table.py`.
 
-Every figure between the markers comes from bench/results, of the first of CARDS that has them; `--check` changes nothing and
-fails when the README says something else.
+Every figure between the markers comes from bench/results, of the first of CARDS that has them;
+`--check` changes nothing and fails when the README says something else.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ struct LaunchContext {
 Status block_summary(const BlockSummaryParams& params, const LaunchContext& context);
 Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
 
-// sm90: wgmma, in builds with CONDENSATE_WITH_SM90A. sm80: mma.sync, float16 and bfloat16. simt: FFMA, every dtype; the only path of float32.
+// sm90: wgmma, in builds with CONDENSATE_WITH_SM90A. sm80: mma.sync, float16 and bfloat16. simt:
+// FFMA, every dtype; the only path of float32.
 int64_t block_select_workspace_bytes(const BlockSelectParams& params, int sm_count);
 int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int sm_count);
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context);

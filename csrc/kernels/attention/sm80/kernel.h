@@ -8,9 +8,9 @@
 #include "device/block_walk.h"
 #include "device/mma_tile.h"
 #include "device/pack.h"
+#include "device/row_mask.h"
 #include "device/softmax.h"
 #include "device/tile_rows.h"
-#include "device/row_mask.h"
 #include "kernels/attention/sm80/traits.h"
 
 namespace condensate::kernels::sm80 {
@@ -110,7 +110,8 @@ __device__ __forceinline__ void mask_scores(float (&s)[Traits::kMTiles][Traits::
         for (int half = 0; half < 2; ++half) {
             int64_t position = tile.position(warp_first_row + 16 * m + 8 * half + lane_row);
             uint64_t visible = device::visible_bits(ranges, position, step.key_begin) >> lane_key;
-            uint64_t kept = step.listed ? ~0ull : device::range_bits(ranges, position, step.key_begin);
+            uint64_t kept =
+                step.listed ? ~0ull : device::range_bits(ranges, position, step.key_begin);
             kept = visible & (kept >> lane_key);
 #pragma unroll
             for (int n = 0; n < Traits::kNTiles; ++n) {
