@@ -1,4 +1,4 @@
-// Descriptors by which the copy engine reads and writes boxes of [B, H, L, D] tensors.
+// Descriptors by which the copy engine reads and writes boxes of four-dimensional tensors.
 #pragma once
 
 #include <cuda.h>
@@ -10,8 +10,9 @@
 
 namespace condensate::kernels {
 
-// A tensor seen in boxes of [heads, positions, 64 channels] of 16-bit elements; a box's rows of 128
-// bytes lie in shared memory one after the other, their 16-byte chunks swizzled (see smem_tile.h).
+// A [batch, heads, length, head_dim] tensor of 16-bit elements seen in boxes of [heads, positions,
+// 64 channels], or anything else with such strides; a box's rows of 128 bytes lie in shared memory
+// one after the other, their 16-byte chunks swizzled (see smem_tile.h).
 struct TensorBoxes {
     ConstTensor4 tensor;
     int64_t batch, heads, length, head_dim;

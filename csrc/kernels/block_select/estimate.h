@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         }
         return;
     }
-    RefinedTile<Traits> tile(smem, params);
+    static_assert(!Traits::kWgmma, "it sums what a lane holds of one block");
+    uint32_t streamed = 0;
+    const NoMaps maps;
+    RefinedTile<Traits> tile(smem, params, maps, streamed);
     tile.begin(pooled, eligible, shortlists);
     estimate_tile(tile);
 }

@@ -76,6 +76,7 @@ struct HeldRows {
     template <int kBlockUnits, class FirstUnit>
     __device__ __forceinline__ void mask(Scores& s, const Ranges& ranges, int unit_keys,
                                          FirstUnit&& first_unit) const {
+        using Layout = ChunkLayout<kBlockUnits, Traits::kWgmma>;
         int visible[kMTiles][2];
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m)
@@ -84,7 +85,7 @@ struct HeldRows {
                 visible[m][half] = visible_units(ranges, smem.position[row(m, half)], unit_keys);
 #pragma unroll
         for (int place = 0; place < 2 * Traits::kNTiles; ++place) {
-            int unit = first_unit(place / kBlockUnits) + place % kBlockUnits;
+            int unit = first_unit(place / Layout::kLaneUnits) + Layout::unit_in_block(place);
 #pragma unroll
             for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
@@ -140,16 +141,16 @@ __device__ __forceinline__ float sum_places(const float (&s)[kMTiles][kNTiles][4
     }
 }
 
-// Calls body(v, m, half, weight) with the weight of the lane's v-th block, for v = kFrom and on.
-template <int kBlockUnits, int kFrom = 0, int kMTiles, int kNTiles, class Body>
+// Calls body(v, m, half, weight) with the weight of the kUnits units that the lane holds of its
+// v-th block, for v = kFrom and on.
+template <int kUnits, int kFrom = 0, int kMTiles, int kNTiles, class Body>
 __device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles][4], Body&& body) {
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            body(kFrom, m, half, sum_places<kFrom * kBlockUnits, kBlockUnits>(s, m, half));
-    if constexpr ((kFrom + 1) * kBlockUnits < 2 * kNTiles)
-        for_each_block<kBlockUnits, kFrom + 1>(s, body);
+            body(kFrom, m, half, sum_places<kFrom * kUnits, kUnits>(s, m, half));
+    if constexpr ((kFrom + 1) * kUnits < 2 * kNTiles) for_each_block<kUnits, kFrom + 1>(s, body);
 }
 
 // Of the lane's values and those of the lane `bit` away keeps the maxima of one half, in front.
@@ -164,6 +165,51 @@ __device__ __forceinline__ void halve_by_max(float* x, int bit) {
 }
 __device__ __forceinline__ float max_with_lane(float x, int bit) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
+}
+
+// Of the lane's values and those of the lane `bit` away keeps the sums of one half, in front.
+template <int kCount>
+__device__ __forceinline__ void halve_by_sum(float* x, int bit) {
+    const bool high = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+        float kept = high ? x[i + kCount / 2] : x[i], given = high ? x[i] : x[i + kCount / 2];
+        x[i] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
+    }
+}
+
+// tile_masses() of units in order: lane l returns block l % 16 of 16, l % 4 of 4.
+template <int kBlockUnits, int kNTiles>
+__device__ __forceinline__ float tile_mass_in_order(const float (&s)[1][kNTiles][4]) {
+    using Layout = ChunkLayout<kBlockUnits, true>;
+    constexpr int kCount = Layout::kLaneBlocks;
+    float part[2][kCount];
+    for_each_block<Layout::kLaneUnits>(
+        s, [&](int v, int, int half, float weight) { part[half][v] = weight; });
+    if constexpr (kBlockUnits == 16) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            halve_by_sum<4>(part[half], 2);
+            halve_by_sum<2>(part[half], 1);
+        }
+        float mass = fmaxf(fmaxf(part[0][0], part[1][0]), 0.0f);
+        return finite_mass(max_with_lane(max_with_lane(max_with_lane(mass, 16), 8), 4));
+    } else {
+        const int lane = threadIdx.x & 31;
+        float mass[4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) halve_by_sum<8>(part[half], 1);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) mass[i] = fmaxf(fmaxf(part[0][i], part[1][i]), 0.0f);
+        halve_by_max<4>(mass, 16);
+        halve_by_max<2>(mass, 8);
+        mass[0] = max_with_lane(mass[0], 4);
+        // The lane now holds block 2 * (lane % 2 * 4 + lane / 8) + lane % 4 / 2, lane / 8 with its
+        // bits swapped; block b comes from the lane where that is b.
+        const int i = lane >> 1 & 3, high = lane >> 3 & 1;
+        const int from = (i >> 1) << 4 | (i & 1) << 3 | (lane & 1) << 1 | high;
+        return finite_mass(__shfl_sync(0xffffffffu, mass[0], from));
+    }
 }
 
 // Masses of the chunk's blocks, the largest over the warp's rows, from their weights. Afterwards

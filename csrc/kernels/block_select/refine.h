@@ -35,7 +35,11 @@ __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t*
         [&](typename RefinedTile<Traits>::Scores& s, int first, int) {
             tile.rows.weigh(s, tile.scale_log2);
             float mass[1];
-            tile_masses<kRefinementLevels.mass.per_block>(mass, s);
+            if constexpr (Traits::kWgmma) {
+                mass[0] = tile_mass_in_order<kRefinementLevels.mass.per_block>(s);
+            } else {
+                tile_masses<kRefinementLevels.mass.per_block>(mass, s);
+            }
             if (lane < 4 && first + lane < smem.shortlisted) {
                 masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass[0]);
             }
@@ -72,10 +76,13 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     block_refine_kernel(const __grid_constant__ BlockSelectParams params,
                         const __grid_constant__ Shortlists shortlists, uint32_t* masses_gmem,
-                        const __grid_constant__ int tiles) {
+                        const __grid_constant__ int tiles,
+                        const __grid_constant__ typename Traits::Maps maps) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
     const int width = shortlists.width;
+    uint32_t streamed = 0;
+    init_stages<Traits>(smem);
     // Of the shortlist: [warp][width].
     uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
 
@@ -90,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int keep = static_cast<int>(params.max_blocks);
         if (threadIdx.x == 0) params.block_counts[pooled.tile.tile_index] = keep;
         if (keep == 0) continue;
-        RefinedTile<Traits> tile(smem, params);
+        RefinedTile<Traits> tile(smem, params, maps, streamed);
         tile.begin(pooled, eligible, shortlists);
         find_norm(tile);
         find_masses(tile, masses, width);

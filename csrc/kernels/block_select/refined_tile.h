@@ -21,6 +21,7 @@ struct RefinedSmem : Traits::Smem {
     WalkedBlocks walked;                  // its list is the shortlist
     int shortlisted;                      // blocks of it
     const typename Traits::T* summaries;  // of the KV head
+    int head;                             // of all batches
 };
 
 // A CTA's work on one tile.
@@ -31,12 +32,17 @@ struct RefinedTile {
 
     RefinedSmem<Traits>& smem;
     const BlockSelectParams& params;
+    const typename Traits::Maps& maps;
+    uint32_t& streamed;  // chunks so far
     float scale_log2;
     HeldRows<Traits> rows;
 
-    __device__ RefinedTile(RefinedSmem<Traits>& smem, const BlockSelectParams& params)
+    __device__ RefinedTile(RefinedSmem<Traits>& smem, const BlockSelectParams& params,
+                           const typename Traits::Maps& maps, uint32_t& streamed)
         : smem(smem),
           params(params),
+          maps(maps),
+          streamed(streamed),
           scale_log2(params.problem.scale * 1.44269504088896341f),
           rows(smem) {}
 
@@ -57,13 +63,15 @@ struct RefinedTile {
             smem.eligible = eligible;
             smem.walked = walked;
             smem.shortlisted = shortlisted;
+            smem.head = static_cast<int>(tile.batch * problem.kv_heads) + tile.kv_head;
             smem.summaries = static_cast<const T*>(params.summaries) +
-                             (tile.batch * problem.kv_heads + tile.kv_head) *
-                                 summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
+                             int64_t{smem.head} * summary_rows(Selector::kBlock, problem.kv_len) *
+                                 problem.head_dim;
         }
         rows.hold([&](int row) {
             return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;
         });
+        if constexpr (Traits::kWgmma) ptx::fence_async_proxy();
         __syncthreads();  // all rows are in registers, the stages are free; the notes are written
     }
 
@@ -73,32 +81,20 @@ struct RefinedTile {
     template <int kBlockUnits, class BlockAt, class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, int count, BlockAt&& block_at,
                                           Body&& body) {
-        using Shape = CopyShape<Traits>;
-        using Layout = ChunkLayout<kBlockUnits>;
+        using Layout = ChunkLayout<kBlockUnits, Traits::kWgmma>;
         constexpr unsigned kAll = 0xffffffffu;
         const Ranges ranges = params.problem.ranges();
-        const int dim = static_cast<int>(params.problem.head_dim);
-        const int stride = rows_per_block(Selector::kBlock) * dim;
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         auto blocks_from = [&](int first) {
             int lane = threadIdx.x & 31;
             return lane < Layout::kBlocks && first + lane < count ? block_at(first + lane) : -1;
         };
         auto load = [&](int step, int stage) {
-            const int blocks = blocks_from(step * Layout::kBlocks);
-            const T* lane_gmem = smem.summaries + Shape::channel() +
-                                 (level.first_row + Shape::unit() % kBlockUnits) * dim;
-            copy_chunk_async<Traits, kBlockUnits>(
-                ptx::smem_address(smem.stages[stage]), [&](int pass) {
-                    // A pass holds whole blocks or lies in one.
-                    const int first_unit = pass * Shape::kPassUnits;
-                    int block = __shfl_sync(kAll, blocks,
-                                            Shape::unit() / kBlockUnits + first_unit / kBlockUnits);
-                    bool exists = block >= 0 && Shape::channel() < dim;
-                    return UnitSource<T>{lane_gmem + int64_t{max(block, 0)} * stride +
-                                             first_unit % kBlockUnits * dim,
-                                         exists};
-                });
+            const int first = step * Layout::kBlocks;
+            if constexpr (!Traits::kWgmma)
+                gather<kBlockUnits>(level, blocks_from(first), stage);
+            else if (threadIdx.x < 32)
+                gather_boxes<kBlockUnits>(level, blocks_from(first), stage);
         };
         auto score = [&](int step, int stage) {
             const bool idle =
@@ -118,7 +114,49 @@ struct RefinedTile {
             }
             body(s, first, blocks);
         };
-        pipeline<Traits>((count + Layout::kBlocks - 1) / Layout::kBlocks, load, score);
+        pipeline<Traits>(smem, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks, load,
+                         score);
+    }
+
+  private:
+    // Starts copying the units of the blocks that lanes 0, 1, ... name; zeros for -1.
+    template <int kBlockUnits>
+    __device__ __forceinline__ void gather(UnitLevel level, int blocks, int stage) {
+        using Shape = CopyShape<Traits>;
+        const int dim = static_cast<int>(params.problem.head_dim);
+        const int stride = rows_per_block(Selector::kBlock) * dim;
+        const T* lane_gmem = smem.summaries + Shape::channel() +
+                             (level.first_row + Shape::unit() % kBlockUnits) * dim;
+        copy_chunk_async<Traits, kBlockUnits>(ptx::smem_address(smem.stages[stage]), [&](int pass) {
+            // A pass holds whole blocks or lies in one.
+            const int first_unit = pass * Shape::kPassUnits;
+            int block = __shfl_sync(0xffffffffu, blocks,
+                                    Shape::unit() / kBlockUnits + first_unit / kBlockUnits);
+            bool exists = block >= 0 && Shape::channel() < dim;
+            return UnitSource<T>{
+                lane_gmem + int64_t{max(block, 0)} * stride + first_unit % kBlockUnits * dim,
+                exists};
+        });
+    }
+
+    // The same by the copy engine, a lane a box; one warp calls it. What is not there lies behind
+    // the last block and becomes zeros.
+    template <int kBlockUnits>
+    __device__ __forceinline__ void gather_boxes(UnitLevel level, int blocks, int stage) {
+        constexpr int kBlocks = kChunkUnits / kBlockUnits;
+        static_assert(kBlocks * Traits::kPanels <= 32, "a lane a box");
+        const int lane = threadIdx.x & 31, slot = lane % kBlocks, panel = lane / kBlocks;
+        const int block = __shfl_sync(0xffffffffu, blocks, slot);
+        const uint32_t barrier = ptx::smem_address(&smem.landed[stage]);
+        if (lane == 0) ptx::mbarrier_arrive_expect(barrier, Traits::kPanels * Traits::kPanelBytes);
+        __syncwarp();
+        if (panel >= Traits::kPanels) return;
+        ptx::tensor_load_4d(
+            ptx::smem_address(smem.stages[stage]) + panel * Traits::kPanelBytes +
+                slot * kBlockUnits * 128,
+            kBlockUnits == kFineUnits.per_block ? &maps.fine_block : &maps.middle_block, barrier,
+            panel * 64, level.first_row,
+            block < 0 ? static_cast<int>(num_blocks(params.problem.kv_len)) : block, smem.head);
     }
 };
 

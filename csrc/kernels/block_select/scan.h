@@ -61,6 +61,7 @@ template <class Traits>
 struct ScanSmem : Traits::Smem {
     TileState tile[Traits::kWarps];
     const typename Traits::T* summaries;  // of the KV head
+    int head;                             // of all batches
     int blocks;                           // that some tile of the CTA reaches
 };
 
@@ -68,12 +69,14 @@ struct ScanSmem : Traits::Smem {
 template <class Traits>
 struct TileScan {
     using T = typename Traits::T;
-    using Layout = ChunkLayout<Traits::kBlockUnits>;
+    using Layout = ChunkLayout<Traits::kBlockUnits, Traits::kWgmma>;
     using Scores = typename HeldRows<Traits>::Scores;
     static constexpr int kMTiles = Traits::kMTiles;
 
     ScanSmem<Traits>& smem;
     const BlockSelectParams& params;
+    const typename Traits::Maps& maps;
+    uint32_t& streamed;  // chunks so far
     float scale_log2;
     HeldRows<Traits> rows;
 
@@ -83,14 +86,9 @@ struct TileScan {
     template <class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, Body&& body) {
         const Ranges ranges = params.problem.ranges();
-        const int dim = summary_dim(Traits::kSelector, static_cast<int>(params.problem.head_dim));
-        const LevelStream<Traits> stream(smem.summaries, level, rows_per_block(Traits::kSelector),
-                                         static_cast<int>(num_blocks(ranges.kv_len)), dim);
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         const int chunk_blocks = kChunkUnits / level.per_block;
-        auto load = [&](int step, int stage) {
-            stream.template copy<Traits::kBlockUnits>(ptx::smem_address(smem.stages[stage]), step);
-        };
+        const auto load = loader(level);
         auto score = [&](int step, int stage) {
             const int first_block = step * chunk_blocks, first_unit = step * kChunkUnits;
             const bool idle = first_block >= state().blocks;
@@ -105,7 +103,36 @@ struct TileScan {
             }
             body(s, first_block);
         };
-        pipeline<Traits>((smem.blocks + chunk_blocks - 1) / chunk_blocks, load, score);
+        pipeline<Traits>(smem, streamed, (smem.blocks + chunk_blocks - 1) / chunk_blocks, load,
+                         score);
+    }
+
+    // load(step, stage) of a level's chunks.
+    __device__ __forceinline__ auto loader(UnitLevel level) {
+        if constexpr (Traits::kWgmma) {
+            return [this, level](int step, int stage) {
+                if (threadIdx.x != 0) return;
+                const bool coarse = level.keys == kCoarseUnits.keys;
+                const uint32_t barrier = ptx::smem_address(&smem.landed[stage]);
+                ptx::mbarrier_arrive_expect(barrier, Traits::kPanels * Traits::kPanelBytes);
+#pragma unroll
+                for (int panel = 0; panel < Traits::kPanels; ++panel)
+                    ptx::tensor_load_4d(
+                        ptx::smem_address(smem.stages[stage]) + panel * Traits::kPanelBytes,
+                        coarse ? &maps.coarse_chunk : &maps.middle_chunk, barrier, panel * 64,
+                        level.first_row, step * (kChunkUnits / level.per_block), smem.head);
+            };
+        } else {
+            const int dim =
+                summary_dim(Traits::kSelector, static_cast<int>(params.problem.head_dim));
+            const LevelStream<Traits> stream(
+                smem.summaries, level, rows_per_block(Traits::kSelector),
+                static_cast<int>(num_blocks(params.problem.kv_len)), dim);
+            return [this, stream](int step, int stage) {
+                stream.template copy<Traits::kBlockUnits>(ptx::smem_address(smem.stages[stage]),
+                                                          step);
+            };
+        }
     }
 
     __device__ __forceinline__ void find_norm() {
@@ -123,7 +150,11 @@ struct TileScan {
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
             rows.weigh(s, scale_log2);
             float mass[Layout::kLaneBlocks];
-            tile_masses<Traits::kBlockUnits>(mass, s);
+            if constexpr (Traits::kWgmma) {
+                mass[0] = tile_mass_in_order<Traits::kBlockUnits>(s);
+            } else {
+                tile_masses<Traits::kBlockUnits>(mass, s);
+            }
             const EligibleBlocks eligible = state().eligible;
             const int block = first_block + lane;
             top.add(lane < Layout::kBlocks && eligible.contains(block), mass[0], block);
@@ -140,7 +171,7 @@ struct TileScan {
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
             rows.weigh(s, scale_log2);
             const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
-            for_each_block<Traits::kBlockUnits>(s, [&](int v, int m, int half, float weight) {
+            for_each_block<Layout::kLaneUnits>(s, [&](int v, int m, int half, float weight) {
                 int block = Layout::block(v);
                 bool counts = !(inside >> block & 1) && !covers(first_block + block);
                 outside[m][half] += counts ? finite_mass(weight) : 0.0f;
@@ -235,7 +266,8 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSel
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     block_scan_kernel(const __grid_constant__ BlockSelectParams params,
-                      const __grid_constant__ ScanOutput output) {
+                      const __grid_constant__ ScanOutput output,
+                      const __grid_constant__ typename Traits::Maps maps) {
     using T = typename Traits::T;
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<ScanSmem<Traits>*>(smem_bytes);
@@ -243,6 +275,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const Problem& problem = params.problem;
     const int warp = threadIdx.x / 32;
     const int tiles = output.tiles_per_head;
+    uint32_t streamed = 0;
+    init_stages<Traits>(smem);
     const int items_per_head = (tiles + Traits::kWarps - 1) / Traits::kWarps;
 
     for (int item = blockIdx.x; item < output.items;
@@ -256,13 +290,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
         if (threadIdx.x == 0) {
             int dim = summary_dim(Traits::kSelector, static_cast<int>(problem.head_dim));
+            smem.head = head;
             smem.summaries = static_cast<const T*>(params.summaries) +
                              head * summary_rows(Traits::kSelector, problem.kv_len) * dim;
             TileSpan last = tile_span(min(first_tile + Traits::kWarps, tiles) - 1, tile.positions,
                                       problem.query_len, problem.kv_len);
             smem.blocks = reachable_blocks(problem.ranges(), last);
         }
-        TileScan<Traits> scan{smem, params, problem.scale * 1.44269504088896341f,
+        TileScan<Traits> scan{smem,
+                              params,
+                              maps,
+                              streamed,
+                              problem.scale * 1.44269504088896341f,
                               HeldRows<Traits>(smem)};
         const PooledRows pooled(tile, kScanPool);
         load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
@@ -271,6 +310,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             return scores && row < pooled.rows ? static_cast<int>(pooled.last_position(row))
                                                : kNoRow;
         });
+        if constexpr (Traits::kWgmma) ptx::fence_async_proxy();
         __syncthreads();  // all rows are in registers: the stages are free
 
         scan.find_norm();

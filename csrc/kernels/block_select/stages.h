@@ -31,7 +31,7 @@ struct Call {
 };
 
 template <class Traits>
-Status scan(const Call& call) {
+Status scan(const Call& call, const typename Traits::Maps& maps = {}) {
     const Workspace& w = call.workspace;
     ScanOutput output = {call.params.block_indices,
                          call.params.block_counts,
@@ -46,16 +46,16 @@ Status scan(const Call& call) {
     }
     return launch(block_scan_kernel<Traits>, "block_scan",
                   {scan_ctas(call.params, call.context.sm_count)}, Traits::kThreads,
-                  sizeof(ScanSmem<Traits>), call.context, call.params, output);
+                  sizeof(ScanSmem<Traits>), call.context, call.params, output, maps);
 }
 
 template <class Traits>
-Status refine(const Call& call) {
+Status refine(const Call& call, const typename Traits::Maps& maps = {}) {
     return launch(block_refine_kernel<Traits>, "block_refine",
                   {refine_ctas(call.params, call.context.sm_count)}, Traits::kThreads,
                   sizeof(RefinedSmem<Traits>), call.context, call.params, call.shortlists(),
                   call.at<uint32_t>(call.workspace.scratch),
-                  static_cast<int>(all_tiles(call.params.problem)));
+                  static_cast<int>(all_tiles(call.params.problem)), maps);
 }
 
 template <class Traits>

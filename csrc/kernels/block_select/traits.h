@@ -3,9 +3,11 @@
 #pragma once
 
 #include <climits>
+#include <type_traits>
 
 #include "condensate/geometry.h"
 #include "device/smem_tile.h"
+#include "kernels/block_select/unit_maps.h"
 
 namespace condensate::kernels::block_select {
 
@@ -40,32 +42,24 @@ struct RowTraits {
     static constexpr int kNTiles = kChunkUnits / 8;
     static constexpr int kStages = kStages_;
     static constexpr Selector kSelector = kSelector_;
-    static constexpr bool kWgmma = kWgmma_;  // scores by wgmma, else by mma.sync
+    // Scores by wgmma of units that the copy engine loads, else by mma.sync and cp.async.
+    static constexpr bool kWgmma = kWgmma_;
+    using Maps = std::conditional_t<kWgmma, UnitMaps, NoMaps>;
+    static constexpr int kPanels = kDim / 64;  // of 64 channels, as wgmma wants them
     static constexpr int kPanelBytes = kChunkUnits * 128;
-    static constexpr int kStageRowBytes = kWgmma ? 128 : kDim * 2;
 
     // What is read once a chunk or less lies here, to leave registers to queries and scores.
     struct alignas(kWgmma ? 1024 : 128) Smem {
         // First the rows, until they are in registers, then the stages.
         T stages[kStages][kChunkUnits * kDim];
         uint32_t histogram[kWarps][kRadixBins];
-        float norm[kRows];    // log2 of a row's softmax sum
-        int position[kRows];  // that decides what a row sees; kNoRow where there is no row
+        float norm[kRows];         // log2 of a row's softmax sum
+        int position[kRows];       // that decides what a row sees; kNoRow where there is no row
+        uint64_t landed[kStages];  // barriers of the copy engine
     };
     static_assert(kRows <= kStages * kChunkUnits, "the rows fit in the stages");
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");
 };
-
-// Where 16-byte chunk `chunk` of unit row `row` of a stage lies: rows of kDim channels for
-// ldmatrix, panels of 64 channels, as wgmma wants them.
-template <class Traits>
-__device__ __forceinline__ uint32_t stage_offset(int row, int chunk) {
-    if constexpr (Traits::kWgmma) {
-        return chunk / 8 * Traits::kPanelBytes + device::tile_offset<64>(row, chunk % 8);
-    } else {
-        return device::tile_offset<Traits::kDim>(row, chunk);
-    }
-}
 
 // Scan: a warp's rows are the pooled queries of its tile.
 template <class T, int kDim, int kWarps, Selector kSelector, bool kWgmma = false>

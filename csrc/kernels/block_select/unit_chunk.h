@@ -8,16 +8,21 @@
 #include "device/smem_tile.h"
 #include "kernels/block_select/traits.h"
 #include "ptx/barrier.h"
+#include "ptx/tensor_copy.h"
 
 namespace condensate::kernels::block_select {
 
 // A lane's accumulators of one row are columns 2 t and 2 t + 1 (t = lane % 4) of eight 8-column
-// tiles: 16 places, place p in tile p / 2. Block b of the chunk goes to lane b % 4, its units side
-// by side, so that sums over a block need no shuffle. `row` only permutes the bits of `unit`.
-template <int kBlockUnits>
+// tiles: 16 places, place p in tile p / 2. With cp.async, block b of the chunk goes to lane b % 4,
+// its units side by side, so that sums over a block need no shuffle; `row` only permutes the bits
+// of `unit`. The copy engine keeps units in order, and blocks are spread over lanes.
+template <int kBlockUnits, bool kInOrder>
 struct ChunkLayout {
     static constexpr int kBlocks = kChunkUnits / kBlockUnits;  // of a chunk
-    static constexpr int kLaneBlocks = kBlocks / 4;
+    // Blocks of which a lane holds units, and how many of each.
+    static constexpr int kLaneUnits = !kInOrder ? kBlockUnits : kBlockUnits == 16 ? 4 : 2;
+    static constexpr int kLaneBlocks = 16 / kLaneUnits;
+    static_assert(!kInOrder || kBlockUnits == 16 || kBlockUnits == 4, "fine and middle units");
 
     // Where unit `unit` of the chunk lies.
     CONDENSATE_HOST_DEVICE static int row(int unit) {
@@ -25,9 +30,18 @@ struct ChunkLayout {
         int place = block / 4 * kBlockUnits + unit % kBlockUnits;
         return place / 2 * 8 + block % 4 * 2 + place % 2;
     }
-    // Block of the chunk whose units are places v * kBlockUnits and on of this lane.
+    // Block of the chunk whose units are places v * kLaneUnits and on of this lane.
     static __device__ __forceinline__ int block(int v) {
-        return 4 * v + static_cast<int>(threadIdx.x & 3);
+        const int t = static_cast<int>(threadIdx.x & 3);
+        if constexpr (!kInOrder) return 4 * v + t;
+        if constexpr (kBlockUnits == 16) return v;
+        return 2 * v + t / 2;
+    }
+    // Unit of its block that a place of this lane holds.
+    static __device__ __forceinline__ int unit_in_block(int place) {
+        if constexpr (!kInOrder) return place % kBlockUnits;
+        const int column = place / 2 * 8 + 2 * static_cast<int>(threadIdx.x & 3) + place % 2;
+        return column % kBlockUnits;
     }
 };
 
@@ -56,15 +70,15 @@ struct UnitSource {
 template <class Traits, int kBlockUnits, class Source>
 __device__ __forceinline__ void copy_chunk_async(uint32_t stage_smem, Source&& source) {
     using Shape = CopyShape<Traits>;
-    using Layout = ChunkLayout<kBlockUnits>;
-    const uint32_t lane_smem =
-        stage_smem + stage_offset<Traits>(Layout::row(Shape::unit()), Shape::channel() / 8);
+    using Layout = ChunkLayout<kBlockUnits, false>;
+    const uint32_t lane_smem = stage_smem + device::tile_offset<Traits::kDim>(
+                                                Layout::row(Shape::unit()), Shape::channel() / 8);
 #pragma unroll
     for (int pass = 0; pass < Shape::kPasses; ++pass) {
         // Bits of row(pass * kPassUnits) and of row(unit()) are apart, so rows and swizzles add up.
         int row = Layout::row(pass * Shape::kPassUnits);
         UnitSource<typename Traits::T> from = source(pass);
-        ptx::cp_async_16((lane_smem ^ ((row & 7) << 4)) + row * Traits::kStageRowBytes, from.gmem,
+        ptx::cp_async_16((lane_smem ^ ((row & 7) << 4)) + row * (Traits::kDim * 2), from.gmem,
                          from.exists);
     }
 }
@@ -97,27 +111,46 @@ struct LevelStream {
     }
 };
 
-// Calls load(step, stage) ahead of body(step, stage). One barrier a step, before its body, and one
-// at the end, after which the stages are free; all threads of the CTA call it.
-template <class Traits, class Load, class Body>
-__device__ __forceinline__ void pipeline(int steps, Load&& load, Body&& body) {
-    constexpr int kStages = Traits::kStages;
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) {
-        if (step < steps) load(step, step);
-        ptx::cp_async_commit();
+// Readies the barriers of the stages; a __syncthreads must follow.
+template <class Traits>
+__device__ __forceinline__ void init_stages(typename Traits::Smem& smem) {
+    if constexpr (Traits::kWgmma) {
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < Traits::kStages; ++s)
+                ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), 1);
+            ptx::fence_mbarrier_init();
+        }
     }
+}
+
+// Calls load(step, stage) ahead of body(step, stage). One barrier a step, before its body, and one
+// at the end, after which the stages are free; all threads of the CTA call it. `streamed` counts
+// the chunks so far: the stages are a ring.
+template <class Traits, class Load, class Body>
+__device__ __forceinline__ void pipeline(typename Traits::Smem& smem, uint32_t& streamed, int steps,
+                                         Load&& load, Body&& body) {
+    constexpr int kStages = Traits::kStages;
+    auto start = [&](int step) {
+        if (step < steps) load(step, static_cast<int>((streamed + step) % kStages));
+        if constexpr (!Traits::kWgmma) ptx::cp_async_commit();
+    };
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) start(step);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        ptx::cp_async_wait<kStages - 2>();
-        if constexpr (Traits::kWgmma) ptx::fence_async_proxy();
+        const int stage = static_cast<int>((streamed + step) % kStages);
+        if constexpr (Traits::kWgmma) {
+            ptx::mbarrier_wait(ptx::smem_address(&smem.landed[stage]),
+                               (streamed + step) / kStages & 1);
+        } else {
+            ptx::cp_async_wait<kStages - 2>();
+        }
         __syncthreads();  // this chunk has landed; nobody reads the one before it any more
-        const int ahead = step + kStages - 1;
-        if (ahead < steps) load(ahead, ahead % kStages);
-        ptx::cp_async_commit();
-        body(step, step % kStages);
+        start(step + kStages - 1);
+        body(step, stage);
     }
     __syncthreads();
+    streamed += steps;
 }
 
 }  // namespace condensate::kernels::block_select

@@ -1,17 +1,40 @@
-// Selection by wgmma, for selector "block": chooses the instantiations by element type and padded
-// dimension.
+// Selection by wgmma and the copy engine, for selector "block": makes the tensor maps, chooses the
+// instantiations by element type and padded dimension.
 #include "kernels/block_select/stages.h"
+#include "kernels/tensor_map.h"
 
 namespace condensate::kernels {
 namespace {
 
 using namespace block_select;
 
+// Boxes of `units` units of each of `blocks` blocks.
+Status make_unit_map(const BlockSelectParams& params, int units, int blocks, CUtensorMap* map) {
+    const Problem& p = params.problem;
+    const int64_t rows = rows_per_block(Selector::kBlock), count = num_blocks(p.kv_len);
+    const ConstTensor4 summaries = {params.summaries, count * rows * p.head_dim, rows * p.head_dim,
+                                    p.head_dim};
+    return make_tensor_map(
+        {summaries, p.batch * p.kv_heads, count, rows, p.head_dim, p.dtype, blocks, units}, map);
+}
+
+Status make_maps(const BlockSelectParams& params, UnitMaps* maps) {
+    constexpr int kMiddle = kMiddleUnits.per_block, kFine = kFineUnits.per_block;
+    Status status = make_unit_map(params, 1, kChunkUnits, &maps->coarse_chunk);
+    if (status.ok())
+        status = make_unit_map(params, kMiddle, kChunkUnits / kMiddle, &maps->middle_chunk);
+    if (status.ok()) status = make_unit_map(params, kMiddle, 1, &maps->middle_block);
+    if (status.ok()) status = make_unit_map(params, kFine, 1, &maps->fine_block);
+    return status;
+}
+
 template <class T, int kDim>
 Status scan_and_refine(const Call& call) {
-    Status status = scan<ScanTraits<T, kDim, 8, Selector::kBlock, true>>(call);
-    if (status.ok()) status = refine<RefineTraits<T, kDim, true>>(call);
-    return status.ok() ? estimate<RefineTraits<T, kDim, true>>(call) : status;
+    UnitMaps maps;
+    Status status = make_maps(call.params, &maps);
+    if (status.ok()) status = scan<ScanTraits<T, kDim, 8, Selector::kBlock, true>>(call, maps);
+    if (status.ok()) status = refine<RefineTraits<T, kDim, true>>(call, maps);
+    return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
 
 template <class T>
