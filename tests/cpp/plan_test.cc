@@ -181,8 +181,9 @@ TEST(Plan, SelectionFollowsTheBudget) {
 }
 
 TEST(Plan, PrintsOneLine) {
-    EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16), hopper())),
-              "attention: path=sm80 (half precision, aligned, sm >= 8.0) selection=blocks "
+    EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16),
+                                hopper_with_its_kernels())),
+              "attention: path=sm90 (half precision, aligned, sm 9.0) selection=blocks "
               "tiles=128 x 32 positions list_width=27 summary_rows=2688 keys_per_query<=2048 "
               "workspace=0 bytes");
 }
