@@ -34,7 +34,9 @@ def runs_on(case: Case, path: str) -> bool:
     """Can the path take a list-given call of this case?"""
     half = case.dtype != torch.float32 and "misaligned" not in case.layouts
     if path != "sm90":
-        return half or path != "sm80"
+        selects = case.selector in ("block", "quest", "mean")
+        widest = 32 if case.selector == "block" else 16  # query heads that a scan takes
+        return path != "sm80" or (half and not (selects and case.group > widest))
     positions = tile_positions(case.group)
     shared = "head_shared" in case.layouts and case.batch > 1
     whole_tiles = positions >= 8 and case.query_len >= positions and case.kv_len > 0

@@ -1,43 +1,9 @@
-// Selection by mma.sync: chooses the instantiations of scan and refinement by element type, padded
-// dimension, selector and rows.
-#include "kernels/block_select/stages.h"
+// Selection by mma.sync.
+#include "kernels/block_select/by_mma.h"
 
 namespace condensate::kernels {
-namespace {
 
 using namespace block_select;
-
-template <class T, int kDim>
-Status scan_and_refine(const Call& call) {
-    // A tile's pooled queries are one or two times 16 rows.
-    Status status = call.params.problem.group() <= 16
-                        ? scan<ScanTraits<T, kDim, 8, Selector::kBlock>>(call)
-                        : scan<ScanTraits<T, kDim, 4, Selector::kBlock>>(call);
-    if (status.ok()) status = refine<RefineTraits<T, kDim>>(call);
-    return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
-}
-
-template <class T, int kDim>
-Status choose_selector(const Call& call) {
-    switch (call.params.selector) {
-        case Selector::kQuest:
-            return scan<ScanTraits<T, kDim, 8, Selector::kQuest>>(call);
-        case Selector::kMean:
-            return scan<ScanTraits<T, kDim, 8, Selector::kMean>>(call);
-        default:
-            return scan_and_refine<T, kDim>(call);
-    }
-}
-
-template <class T>
-Status choose_dim(const Call& call) {
-    int dim = summary_dim(call.params.selector, static_cast<int>(call.params.problem.head_dim));
-    if (dim <= 64) return choose_selector<T, 64>(call);
-    if (dim <= 128) return choose_selector<T, 128>(call);
-    return choose_selector<T, 256>(call);
-}
-
-}  // namespace
 
 int64_t block_select_workspace_bytes(const BlockSelectParams& params, int sm_count) {
     return Workspace(params, sm_count).bytes;
@@ -45,8 +11,8 @@ int64_t block_select_workspace_bytes(const BlockSelectParams& params, int sm_cou
 
 Status block_select_sm80(const BlockSelectParams& params, const LaunchContext& context) {
     return select(params, context, [](const Call& call) {
-        return call.params.problem.dtype == DType::kFloat16 ? choose_dim<__half>(call)
-                                                            : choose_dim<__nv_bfloat16>(call);
+        return call.params.problem.dtype == DType::kFloat16 ? by_mma<__half>(call)
+                                                            : by_mma<__nv_bfloat16>(call);
     });
 }
 

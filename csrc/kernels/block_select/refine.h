@@ -83,8 +83,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     const int width = shortlists.width;
     uint32_t streamed = 0;
     init_stages<Traits>(smem);
-    // Of the shortlist: [warp][width].
-    uint32_t* const masses = masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
+    // Of the shortlist: [warp][width]. The first histogram counts, the others are free.
+    uint32_t* const masses = width * Traits::kWarps <= (Traits::kWarps - 1) * kRadixBins
+                                 ? smem.histogram[1]
+                                 : masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const PooledRows pooled(device::TileRows::from_index(params.problem, index),

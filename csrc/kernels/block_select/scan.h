@@ -15,7 +15,8 @@ struct ScanOutput {
     int32_t* indices;  // [tiles of all heads, width]
     int32_t* counts;   // [tiles of all heads]
     int64_t width;
-    uint32_t* candidates;  // per resident warp: capacity masses, capacity blocks
+    // Per resident warp: capacity masses, capacity blocks; not used up to kSmemWindow.
+    uint32_t* candidates;
     int64_t capacity;
     int tiles_per_head;
     int items;  // of a tile a warp
@@ -60,9 +61,10 @@ struct TileState {
 template <class Traits>
 struct ScanSmem : Traits::Smem {
     TileState tile[Traits::kWarps];
-    const typename Traits::T* summaries;  // of the KV head
-    int head;                             // of all batches
-    int blocks;                           // that some tile of the CTA reaches
+    uint32_t window[Traits::kWarps][2 * kSmemWindow];  // masses and blocks, where they fit
+    const typename Traits::T* summaries;               // of the KV head
+    int head;                                          // of all batches
+    int blocks;                                        // that some tile of the CTA reaches
 };
 
 // A warp's work on one tile.
@@ -160,7 +162,7 @@ struct TileScan {
             top.add(lane < Layout::kBlocks && eligible.contains(block), mass[0], block);
             if constexpr (Layout::kBlocks == 64)
                 top.add(eligible.contains(block + 32), mass[1], block + 32);
-            top.make_room();
+            top.make_room(first_block + Layout::kBlocks);
         });
     }
 
@@ -230,7 +232,8 @@ __device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
 // Prepares the warp's tile, if there is one. Returns whether it must be scored; if not, its list is
 // complete.
 template <class Traits>
-__device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSelectParams& params,
+__device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* window_smem,
+                                           const BlockSelectParams& params,
                                            const ScanOutput& output, const device::TileRows& tile,
                                            bool exists, int item) {
     const int lane = threadIdx.x & 31;
@@ -240,8 +243,10 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, const BlockSel
     __syncwarp();  // nobody reads the previous tile's state any more
     if (lane == 0) {
         int64_t resident_warp = int64_t{blockIdx.x} * Traits::kWarps + threadIdx.x / 32;
-        uint32_t* masses = output.candidates + resident_warp * 2 * output.capacity;
         int capacity = static_cast<int>(output.capacity);
+        uint32_t* masses = capacity <= kSmemWindow
+                               ? window_smem
+                               : output.candidates + resident_warp * 2 * output.capacity;
         state_smem = {tile,
                       eligible,
                       {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity,
@@ -285,7 +290,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int first_tile = (items_per_head - 1 - item % items_per_head) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
         const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
-        const bool scores = begin_tile<Traits>(smem.tile[warp], params, output, tile, exists, item);
+        const bool scores = begin_tile<Traits>(smem.tile[warp], smem.window[warp], params, output,
+                                               tile, exists, item);
         if (!__syncthreads_or(scores)) continue;
 
         if (threadIdx.x == 0) {

@@ -122,9 +122,10 @@ struct TopBlocks {
     uint32_t* histogram_smem;
     int count = 0;
     uint32_t least = 0;  // mass that a later block needs
+    int next_shrink;     // when so many blocks have come by
 
     __device__ TopBlocks(const Window& window, uint32_t* histogram_smem)
-        : window(window), histogram_smem(histogram_smem) {}
+        : window(window), histogram_smem(histogram_smem), next_shrink(3 * window.keep) {}
 
     CONDENSATE_HOST_DEVICE static int64_t capacity_for(int64_t keep) {
         return ceil_div(keep + max_i64(keep, 192), 32) * 32;
@@ -144,8 +145,16 @@ struct TopBlocks {
         count += __popc(takers);
     }
 
-    __device__ __forceinline__ void make_room() {
-        if (count <= window.capacity - kMostAdded) return;
+    // `seen` blocks have come by. Warps that see as many should shrink at the same time, since they
+    // wait for each other: well before the window is expected to be full, and then only when it is.
+    __device__ __forceinline__ void make_room(int seen) {
+        const int spare = window.capacity - kMostAdded;
+        const bool due = seen >= next_shrink;
+        if (due) {
+            float room = static_cast<float>(spare - window.keep) / static_cast<float>(window.keep);
+            next_shrink = static_cast<int>(static_cast<float>(seen) * (1.0f + 0.75f * room));
+        }
+        if (count <= (due ? window.keep : spare)) return;
         const Window w = window;
         __syncwarp();  // what was added is written
         Threshold threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);

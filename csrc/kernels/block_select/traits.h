@@ -13,6 +13,7 @@ namespace condensate::kernels::block_select {
 
 constexpr int kChunkUnits = 64;  // units of one pipeline step
 constexpr int kRadixBins = 256;
+constexpr int kSmemWindow = 256;  // candidates of a warp that shared memory has room for
 constexpr int kNoRow = INT_MIN;
 
 // Warps of a CTA. The scan's share the units that are loaded, a tile each; where a tile's pooled

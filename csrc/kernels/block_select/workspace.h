@@ -44,8 +44,8 @@ struct Workspace {
             counts = round_up(all_tiles(p) * width * kWord);
             scratch = counts + round_up(all_tiles(p) * kWord);
         }
-        int64_t scan_bytes =
-            scan_ctas(params, sm_count) * scan_warps(p.group()) * 2 * capacity * kWord;
+        int64_t scan_bytes = scan_ctas(params, sm_count) * scan_warps(p.group()) * 2 * capacity;
+        scan_bytes = capacity <= kSmemWindow ? 0 : scan_bytes * kWord;
         int64_t refine_bytes =
             refines ? refine_ctas(params, sm_count) * kRefineWarps * width * kWord : 0;
         bytes = scratch + max_i64(scan_bytes, refine_bytes);
