@@ -29,7 +29,6 @@ KNOWN_SPILLS = {
     ("sm_80", "attention_kernel", "Li128ELi2E"): 64,
     ("sm_80", "attention_kernel", "Li64ELi2E"): 32,
     ("sm_90", "attention_kernel", "Li128ELi2E"): 64,
-    ("sm_80", "block_scan_kernel", "Li128ELi8E"): 16,
     ("sm_90", "block_scan_kernel", "Li128ELi8E"): 16,
     ("sm_80", "block_scan_kernel", "Li256ELi4E"): 32,
     ("sm_90", "block_scan_kernel", "Li256ELi4E"): 32,

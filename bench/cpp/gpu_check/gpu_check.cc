@@ -28,6 +28,7 @@ const Case kCases[] = {
     {"one_key_d8", {1, 1, 1, 3, 1, 8, 1, 0, 64, true}},
     {"no_keys", {1, 2, 1, 3, 0, 64, 8, 0, 64, true}},
     {"no_window", {1, 3, 3, 129, 257, 40, 0, 2, 64, true}},
+    {"more_blocks_than_a_shortlist", {1, 4, 1, 40, 5000, 64, 20, 3, 64, true}},
 };
 
 constexpr float kTolerance = 0.06f;  // two 16-bit outputs of size 4; not the correctness test

@@ -21,13 +21,14 @@ constexpr int kNoRow = INT_MIN;
 constexpr int kRefineWarps = 4;
 constexpr int scan_warps(int group) { return group <= 16 ? 8 : 4; }
 
-// Persistent CTAs per multiprocessor; each owns scratch in the workspace.
-constexpr int scan_ctas_per_sm(int dim) { return dim <= 128 ? 2 : 1; }
+// Persistent CTAs per multiprocessor, at most; each owns scratch in the workspace. Before sm_90
+// there is shared memory for half as many.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMostRefineCtas = 2;
+constexpr int kMostScanCtas = 1, kMostRefineCtas = 2;
 #else
-constexpr int kMostRefineCtas = 4;
+constexpr int kMostScanCtas = 2, kMostRefineCtas = 4;
 #endif
+constexpr int scan_ctas_per_sm(int dim) { return dim <= 128 ? kMostScanCtas : 1; }
 constexpr int refine_ctas_per_sm(int dim) { return dim <= 128 ? kMostRefineCtas : 2; }
 
 template <class T_, int kDim_, int kWarps_, int kMTiles_, int kStages_, Selector kSelector_,
