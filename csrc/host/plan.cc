@@ -52,11 +52,11 @@ const char* sm90_obstacle(const PlanRequest& request, const DeviceFacts& facts) 
     if (facts.sm_major != 9 || !facts.sm90a_kernels)
         return "not compute capability 9.0, or a build without 90a";
     if (p.group() > kNarrowGroup) return "more than 16 query heads per KV head";
+    if (p.kv_len < 1) return "no keys";
     if (request.stage == Stage::kSelectBlocks)
         return p.head_dim > 128 ? "summaries of more than 128 elements" : nullptr;
     if (p.head_dim != 64 && p.head_dim != 128) return "head_dim is neither 64 nor 128";
     if (p.query_len < tile_positions(p.group())) return "fewer queries than a tile";
-    if (p.kv_len < 1) return "no keys";
     if (!request.boxed) return "a stride that the copy engine cannot take";
     return nullptr;
 }

@@ -82,6 +82,22 @@ TEST(Plan, HopperKernelsWhereTheyFit) {
     }
 }
 
+TEST(Plan, HopperSelectionWhereItFits) {
+    const DeviceFacts facts = hopper_with_its_kernels();
+    PlanRequest request = request_of(Stage::kSelectBlocks, DType::kFloat16);
+    EXPECT_EQ(plan_of(request, facts).path, Path::kSm90);
+    request.problem.head_dim = 40;  // padded
+    EXPECT_EQ(plan_of(request, facts).path, Path::kSm90);
+    request.problem.head_dim = 136;
+    EXPECT_STREQ(plan_of(request, facts).reason, "summaries of more than 128 elements");
+    request = request_of(Stage::kSelectBlocks, DType::kFloat16);
+    request.problem.kv_len = 0;
+    EXPECT_STREQ(plan_of(request, facts).reason, "no keys");
+    request = request_of(Stage::kSelectBlocks, DType::kFloat16);
+    request.selector = Selector::kMean;
+    EXPECT_EQ(plan_of(request, facts).path, Path::kSm80);
+}
+
 TEST(Plan, ForcedSm90RunsSm80InStagesWithoutAKernelOfTheirOwn) {
     const DeviceFacts facts = hopper_with_its_kernels();
     const Policy sm90 = {true, Path::kSm90};

@@ -81,6 +81,7 @@ __device__ inline int write_list(const uint32_t* masses, const int32_t* blocks, 
                               (mass == threshold.mass && __popc(equal & below) < ties));
         ties -= min(ties, __popc(equal));
         unsigned takers = __ballot_sync(kAll, take);
+        __syncwarp();  // all lanes have read what is overwritten now
         if (take) {
             int slot = count + __popc(takers & below);
             blocks_out[slot] = block;

@@ -98,14 +98,15 @@ struct TileSelection {
     __device__ int choose(const int32_t* candidates, int count, int keep, int32_t* list,
                           int64_t width) {
         if (threadIdx.x < 32) {
-            block_select::Threshold threshold = {0, count <= keep ? INT_MAX : 0};
-            if (count > keep && keep > 0)
-                threshold =
+            int taken = min(count, keep);
+            if (count <= keep) {  // without masses
+                for (int i = lane.lane; i < count; i += 32) list[i] = candidates[i];
+            } else if (keep > 0) {
+                block_select::Threshold threshold =
                     block_select::radix_threshold(scratch.masses, count, keep, smem.histogram);
-            else if (count > keep)
-                threshold.mass = UINT32_MAX;  // takes none
-            int taken = block_select::write_list(scratch.masses, candidates, count, threshold, list,
-                                                 nullptr);
+                block_select::write_list(scratch.masses, candidates, count, threshold, list,
+                                         nullptr);
+            }
             block_select::pad_list(list, taken, width);
             if (lane.lane == 0) smem.count = taken;
         }
