@@ -114,7 +114,7 @@ CPU = (
         "cpu/tile_ops.inl",
         "best = vmax(best, m);",
         "best = m;",
-        "test_block_selection.py longer_contexts",
+        "test_block_selection.py exact_scores_give_the_defined_lists",
     ),
     Mutant(
         "unit_visible_before_its_last_key",
