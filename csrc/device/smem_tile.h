@@ -59,18 +59,4 @@ __device__ __forceinline__ void copy_tile_async(uint32_t tile_smem, const T* row
     }
 }
 
-// The same for rows that lie anywhere: row_gmem(row) is a row's address, or null for zeros.
-template <int kRows, int kDim, int kThreads, class RowAddress>
-__device__ __forceinline__ void gather_tile_async(uint32_t tile_smem, const void* any_gmem,
-                                                  int head_dim, RowAddress&& row_gmem) {
-    constexpr int kChunks = kDim / 8;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
-        int row = i / kChunks, chunk = i % kChunks;
-        const auto* src = chunk * 8 < head_dim ? row_gmem(row) : nullptr;
-        const void* from = src ? src + chunk * 8 : any_gmem;
-        ptx::cp_async_16(tile_smem + tile_offset<kDim>(row, chunk), from, src != nullptr);
-    }
-}
-
 }  // namespace condensate::device
