@@ -25,6 +25,7 @@ __device__ __forceinline__ float finite_reference(float reference) {
     return reference == -INFINITY ? 0.0f : reference;
 }
 constexpr float kHeadroom = 8.0f;  // log2
+constexpr float kLog2E = 1.44269504088896341f;
 
 template <int kMTiles>
 struct OnlineSoftmax {

@@ -153,29 +153,25 @@ __device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles
     if constexpr ((kFrom + 1) * kUnits < 2 * kNTiles) for_each_block<kUnits, kFrom + 1>(s, body);
 }
 
-// Of the lane's values and those of the lane `bit` away keeps the maxima of one half, in front.
-template <int kCount>
-__device__ __forceinline__ void halve_by_max(float* x, int bit) {
+struct Max {
+    __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+struct Sum {
+    __device__ float operator()(float a, float b) const { return a + b; }
+};
+
+// Of the lane's values and those of the lane `bit` away keeps one half combined, in front.
+template <int kCount, class Combine>
+__device__ __forceinline__ void halve(float* x, int bit, Combine combine) {
     const bool high = threadIdx.x & bit;
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
         float kept = high ? x[i + kCount / 2] : x[i], given = high ? x[i] : x[i + kCount / 2];
-        x[i] = fmaxf(kept, __shfl_xor_sync(0xffffffffu, given, bit));
+        x[i] = combine(kept, __shfl_xor_sync(0xffffffffu, given, bit));
     }
 }
 __device__ __forceinline__ float max_with_lane(float x, int bit) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
-}
-
-// Of the lane's values and those of the lane `bit` away keeps the sums of one half, in front.
-template <int kCount>
-__device__ __forceinline__ void halve_by_sum(float* x, int bit) {
-    const bool high = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
-        float kept = high ? x[i + kCount / 2] : x[i], given = high ? x[i] : x[i + kCount / 2];
-        x[i] = kept + __shfl_xor_sync(0xffffffffu, given, bit);
-    }
 }
 
 // tile_masses() of units in order: lane l returns block l % 16 of 16, l % 4 of 4.
@@ -189,8 +185,8 @@ __device__ __forceinline__ float tile_mass_in_order(const float (&s)[1][kNTiles]
     if constexpr (kBlockUnits == 16) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            halve_by_sum<4>(part[half], 2);
-            halve_by_sum<2>(part[half], 1);
+            halve<4>(part[half], 2, Sum{});
+            halve<2>(part[half], 1, Sum{});
         }
         float mass = fmaxf(fmaxf(part[0][0], part[1][0]), 0.0f);
         return finite_mass(max_with_lane(max_with_lane(max_with_lane(mass, 16), 8), 4));
@@ -198,11 +194,11 @@ __device__ __forceinline__ float tile_mass_in_order(const float (&s)[1][kNTiles]
         const int lane = threadIdx.x & 31;
         float mass[4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) halve_by_sum<8>(part[half], 1);
+        for (int half = 0; half < 2; ++half) halve<8>(part[half], 1, Sum{});
 #pragma unroll
         for (int i = 0; i < 4; ++i) mass[i] = fmaxf(fmaxf(part[0][i], part[1][i]), 0.0f);
-        halve_by_max<4>(mass, 16);
-        halve_by_max<2>(mass, 8);
+        halve<4>(mass, 16, Max{});
+        halve<2>(mass, 8, Max{});
         mass[0] = max_with_lane(mass[0], 4);
         // The lane now holds block 2 * (lane % 2 * 4 + lane / 8) + lane % 4 / 2, lane / 8 with its
         // bits swapped; block b comes from the lane where that is b.
@@ -226,14 +222,14 @@ __device__ __forceinline__ void tile_masses(float (&mass)[2 * kNTiles / kBlockUn
     if constexpr (kCount == 16) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-            halve_by_max<8>(mass + 8 * w, 16);
-            halve_by_max<4>(mass + 8 * w, 8);
-            halve_by_max<2>(mass + 8 * w, 4);
+            halve<8>(mass + 8 * w, 16, Max{});
+            halve<4>(mass + 8 * w, 8, Max{});
+            halve<2>(mass + 8 * w, 4, Max{});
         }
         mass[1] = finite_mass(mass[8]);
     } else if constexpr (kCount == 4) {
-        halve_by_max<4>(mass, 8);
-        halve_by_max<2>(mass, 4);
+        halve<4>(mass, 8, Max{});
+        halve<2>(mass, 4, Max{});
         mass[0] = max_with_lane(mass[0], 16);
     } else {
         mass[0] = max_with_lane(max_with_lane(max_with_lane(mass[0], 16), 8), 4);

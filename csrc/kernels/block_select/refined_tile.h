@@ -43,7 +43,7 @@ struct RefinedTile {
           params(params),
           maps(maps),
           streamed(streamed),
-          scale_log2(params.problem.scale * 1.44269504088896341f),
+          scale_log2(params.problem.scale * device::kLog2E),
           rows(smem) {}
 
     // Takes the tile's rows into registers and notes in shared memory what there is to know.

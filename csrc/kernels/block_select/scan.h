@@ -303,12 +303,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                       problem.query_len, problem.kv_len);
             smem.blocks = reachable_blocks(problem.ranges(), last);
         }
-        TileScan<Traits> scan{smem,
-                              params,
-                              maps,
-                              streamed,
-                              problem.scale * 1.44269504088896341f,
-                              HeldRows<Traits>(smem)};
+        TileScan<Traits> scan{
+            smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
         const PooledRows pooled(tile, kScanPool);
         load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
         scan.rows.hold([&](int row) {

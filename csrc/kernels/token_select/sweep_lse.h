@@ -6,7 +6,6 @@
 
 namespace condensate::kernels {
 
-constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309f;
 
 // sum * 2^reference of a row over the keys of one column of warps.
@@ -35,8 +34,8 @@ __device__ __forceinline__ void add_to_lse(device::OnlineSoftmax<kSweepMTiles>& 
         }
     }
     float rescale[kSweepMTiles][2];
-    softmax.raise(scores.acc, kLog2E, rescale);
-    softmax.weigh(scores.acc, kLog2E);
+    softmax.raise(scores.acc, device::kLog2E, rescale);
+    softmax.weigh(scores.acc, device::kLog2E);
 }
 
 __device__ __forceinline__ float merge_lse(LsePart a, LsePart b) {

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
     float out[Traits::kMTiles][Traits::kDTiles][4] = {};
     device::OnlineSoftmax<Traits::kMTiles> softmax;
-    const float scale_log2 = fmaxf(fabsf(problem.scale) * 1.44269504088896341f, FLT_MIN);
+    const float scale_log2 = fmaxf(fabsf(problem.scale) * device::kLog2E, FLT_MIN);
 
     load_queries<Traits>(smem, params, tile, first_row);
     Step step = walk.next();

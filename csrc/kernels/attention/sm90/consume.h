@@ -33,7 +33,7 @@ class Consumer {
           params_(params),
           maps_(maps),
           ranges_(params.problem.ranges()),
-          scale_log2_(fmaxf(fabsf(params.problem.scale) * 1.44269504088896341f, FLT_MIN)),
+          scale_log2_(fmaxf(fabsf(params.problem.scale) * device::kLog2E, FLT_MIN)),
           warpgroup_(static_cast<int>(threadIdx.x) / 128) {}
 
     __device__ void tile(const device::TileRows& tile) {
