@@ -9,6 +9,7 @@ import torch
 BLOCK_KEYS = 64
 FINE, MIDDLE, COARSE = 16, 4, 1  # summary units of a block, selector="block"
 SUMMARY_ROWS = FINE + MIDDLE + COARSE
+SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at most
 
 
 @dataclass(frozen=True)
@@ -114,17 +115,18 @@ def scores_per_tile(case: Case, last: int) -> float:
     width = max(64, 2 * case.max_blocks)
     rows = case.tile_positions * case.group
     visible = (last + 1) / BLOCK_KEYS
-    pooled = rows / min(4, case.tile_positions)
+    pooled = rows / min(SCAN_POOL, case.tile_positions)
+    pairs = rows / min(REFINEMENT_POOL, case.tile_positions)
     scan = pooled * visible * (MIDDLE + COARSE) if eligible > width else 0.0
     shortlist = min(width, eligible)
     # Whole blocks of anchors and window beside the shortlist, as far as there are any.
     walked = min(shortlist + (case.anchors + case.window) / BLOCK_KEYS, visible)
-    return scan + rows * (shortlist * FINE + walked * MIDDLE)
+    return scan + pairs * (shortlist * FINE + walked * MIDDLE)
 
 
 def selection_work(case: Case) -> Work:
-    """Pooled queries against all visible middle and coarse units, then every query against those
-    of its shortlist; queries and summaries in, lists out."""
+    """Pooled queries against all visible middle and coarse units, then pairs of queries against the
+    units of their shortlist; queries and summaries in, lists out."""
     ends = range(case.tile_positions - 1, case.n, case.tile_positions)
     scores = case.kv_heads * sum(scores_per_tile(case, last) for last in ends)
     lists = case.n / case.tile_positions * case.kv_heads * (case.max_blocks + 1) * 4

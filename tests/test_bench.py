@@ -11,9 +11,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import plot, report
-from bench.cases import CASES, Case
+from bench.cases import CASES, Case, scores_per_tile
 from bench.inputs import given_lists, make_inputs, mean_keys_per_query
 from bench.peers import flex_mask, pack_tiles, unpack_tiles
+from tests.testkit import definition
 
 SMALL = (
     Case(1024, heads=8, kv_heads=2, head_dim=16, window=256, anchors=64, topk=128),
@@ -146,6 +147,19 @@ def test_records_are_validated_shown_and_drawn(tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     with pytest.raises(jsonschema.ValidationError):
         report.validate(document(record(CASES[0], -1.0)))
+
+
+def test_selection_work_counts_the_scores_of_the_definition() -> None:
+    """One far tile by hand: 16 pooled queries scan, 64 pairs refine a full shortlist."""
+    case = Case(131072)
+    last = 65535
+    blocks = (last + 1) // 64
+    pools = case.group * case.tile_positions // definition.SCAN_POOL
+    pairs = case.group * case.tile_positions // definition.REFINEMENT_POOL
+    assert (pools, pairs) == (16, 64)
+    walked = 64 + (case.window + case.anchors) / 64
+    expected = pools * blocks * (4 + 1) + pairs * (64 * 16 + walked * 4)
+    assert scores_per_tile(case, last) == expected
 
 
 def test_committed_results_match_the_schema() -> None:
