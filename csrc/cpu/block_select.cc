@@ -56,6 +56,7 @@ struct Scratch {
         visited = arena.take<int32_t>(blocks);
         order = arena.take<int32_t>(blocks);
         mass = arena.take<float>(kMaxRows);
+        ones = arena.take<float>(kMaxRows);
         rest = arena.take<float>(kMaxRows);
         omitted = arena.take<double>(kMaxRows);
         total = arena.take<double>(kMaxRows);
@@ -66,11 +67,12 @@ struct Scratch {
     ScoredRows queries;
     UnitScores units;
     float* block_max;  // [n-th scored block][padded rows]
-    float* block_sum;  // [n-th scored block][padded rows]; masses after rank()
+    float* block_sum;  // [n-th scored block][padded rows]
     float* tile_mass;  // [block]
     int32_t* visited;  // blocks that are scored
     int32_t* order;    // candidates for the list
     float* mass;       // [row]
+    float* ones;       // [row]
     float* rest;       // [pool] log of the sum over the middle units that no query scored finely
     double* omitted;   // [row]
     double* total;     // [row]
@@ -172,14 +174,19 @@ class TileSelection {
                        });
     }
 
-    // The mass of the n-th scored block for every row, to `mass`; returns the largest.
+    // The mass sum * exp(max) of a block for every row, to `mass`; returns the largest.
+    float block_mass(const ScoredRows& scored, const float* max, const float* sum, float* mass) {
+        return ops_.block_mass(max, sum, scored.norm_max, scored.norm_inverse,
+                               scored.rows.panel_count(), mass);
+    }
+    // Of the n-th block that was scored.
     float block_mass(const ScoredRows& scored, int64_t n, float* mass) {
         const int64_t at = n * scored.padded();
-        return ops_.block_mass(s_.block_max + at, s_.block_sum + at, scored.norm_max,
-                               scored.norm_inverse, scored.rows.panel_count(), mass);
+        return block_mass(scored, s_.block_max + at, s_.block_sum + at, mass);
     }
 
-    // Masses of all blocks for the pooled queries, in place of the blocks' sums.
+    // The hottest units' masses of all blocks over the pooled queries. For the estimate the blocks'
+    // whole masses take the place of their sums.
     void scan() {
         pool_queries(s_.pools.rows, kScanPool);
         for (int64_t block = 0; block < blocks_; ++block)
@@ -194,9 +201,13 @@ class TileSelection {
             score_blocks(s_.pools, levels.mass, all, Keep::kBoth);
         }
         s_.pools.finish_norm();
-        for (int64_t block = 0; block < blocks_; ++block)
-            s_.tile_mass[block] =
-                block_mass(s_.pools, block, s_.block_sum + block * s_.pools.padded());
+        std::fill(s_.ones, s_.ones + kMaxRows, 1.0f);
+        for (int64_t block = 0; block < blocks_; ++block) {
+            const int64_t at = block * s_.pools.padded();
+            s_.tile_mass[block] = block_mass(s_.pools, s_.block_max + at, s_.ones, s_.mass);
+            if (wants_estimate())
+                block_mass(s_.pools, s_.block_max + at, s_.block_sum + at, s_.block_sum + at);
+        }
     }
 
     // ---- The list ----
@@ -342,7 +353,8 @@ class TileSelection {
             const int64_t i = begin_ + row % per_head * size, g = row / per_head;
             float base = s_.rest[pool_of(g, i, kScanPool)];
             for (int64_t n = 0; n < walked_; ++n)
-                base = std::max(base, s_.block_max[n * padded + row]);
+                if (s_.block_sum[n * padded + row] > 0)
+                    base = std::max(base, s_.block_max[n * padded + row]);
             queries.norm_max[row] = std::isfinite(base) ? base : 0.0f;
         }
     }

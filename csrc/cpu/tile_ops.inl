@@ -287,7 +287,7 @@ static void block_sums(const float* scores, int units, const int32_t* visible_en
                 Vec x = load<Vec>(scores + unit * kScoreStride + row);
                 IntVec visible = splat(unit) < end;
                 is_nan |= visible & (x != x);
-                max = vmax(max, visible != 0 ? x : splat(-kInf));
+                max = (visible & (x > max)) != 0 ? x : max;
             }
             IntVec finite = (max > -kInf) & (max < kInf);
             Vec base = finite != 0 ? max : splat(0.0f);
@@ -298,7 +298,7 @@ static void block_sums(const float* scores, int units, const int32_t* visible_en
             }
             sum = finite != 0 ? sum : splat(0.0f);
             sum = max == kInf ? splat(1.0f) : sum;
-            store(block_max + row, is_nan != 0 ? splat(-kInf) : max);
+            store(block_max + row, max);
             store(block_sum + row, is_nan != 0 ? splat(0.0f) : sum);
         }
         block_max += rows;

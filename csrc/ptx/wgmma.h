@@ -44,6 +44,10 @@ __device__ __forceinline__ uint64_t smem_operand(uint32_t address_smem, uint32_t
     return kSwizzle128 | kEightRows | (static_cast<uint64_t>(panel_bytes >> 4) << 16) |
            ((address_smem & 0x3ffff) >> 4);
 }
+// The operand `bytes` further on; the address lies in the low half.
+__device__ __forceinline__ uint64_t offset_operand(uint64_t operand, uint32_t bytes) {
+    return operand >> 32 << 32 | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
 
 // d (+)= a * b^T, both K-major in shared memory; `accumulate` 0 overwrites d.
 template <class T>

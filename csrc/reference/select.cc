@@ -126,6 +126,21 @@ std::vector<Acc> block_log_sums(const Tile& t, const Query& query, UnitLevel lev
     return sums;
 }
 
+// Of every block in turn the largest score; NaN is none.
+template <class Acc>
+std::vector<Acc> block_largest(const Tile& t, const Query& query, UnitLevel level,
+                               const Blocks& blocks) {
+    std::vector<Acc> largest;
+    for (int64_t block : blocks) {
+        std::vector<Acc> scores;
+        add_scores(t, query, level, block, &scores);
+        largest.push_back(-std::numeric_limits<Acc>::infinity());
+        for (Acc score : scores)
+            if (score > largest.back()) largest.back() = score;
+    }
+    return largest;
+}
+
 // exp(part - whole) as the definition bounds it.
 template <class Acc>
 Acc mass_of(Acc part, Acc whole) {
@@ -134,15 +149,17 @@ Acc mass_of(Acc part, Acc whole) {
 }
 
 // The largest mass over the queries of every block of `blocks`, relative to the units of `whole`.
-template <class Acc>
+// log_of(query, level, blocks) is what a block's units come to, as logarithms.
+template <class Acc, class LogOf>
 std::vector<Acc> largest_masses(const Tile& t, const std::vector<Query>& queries,
-                                ScoringLevels levels, const Blocks& whole, const Blocks& blocks) {
+                                ScoringLevels levels, const Blocks& whole, const Blocks& blocks,
+                                const LogOf& log_of) {
     std::vector<Acc> largest(blocks.size(), 0);
     for (const Query& query : queries) {
         const Acc norm = log_sum_of<Acc>(t, query, levels.norm, whole);
-        const std::vector<Acc> sums = block_log_sums<Acc>(t, query, levels.mass, blocks);
+        const std::vector<Acc> parts = log_of(t, query, levels.mass, blocks);
         for (size_t n = 0; n < blocks.size(); ++n)
-            largest[n] = std::max(largest[n], mass_of(sums[n], norm));
+            largest[n] = std::max(largest[n], mass_of(parts[n], norm));
     }
     return largest;
 }
@@ -180,16 +197,16 @@ Blocks heaviest(const Blocks& blocks, const std::vector<Acc>& mass, int64_t widt
     return taken;
 }
 
-// The `width` eligible blocks that the scan of pooled queries finds heaviest.
+// The `width` eligible blocks whose hottest units weigh most for the pooled queries.
 template <class Acc>
 Blocks scan(const Tile& t, const Blocks& eligible, int64_t width) {
     if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
     const std::vector<Query> pools =
         pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kScanPool));
-    return heaviest(
-        eligible,
-        largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t), eligible),
-        width);
+    return heaviest(eligible,
+                    largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t),
+                                        eligible, block_largest<Acc>),
+                    width);
 }
 
 // W: the shortlist and what the attention walks beside it.
@@ -209,10 +226,10 @@ template <class Acc>
 Blocks refine(const Tile& t, const Blocks& shortlist, int64_t width) {
     const std::vector<Query> queries =
         pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kRefinementPool));
-    return heaviest(
-        shortlist,
-        largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist), shortlist),
-        width);
+    return heaviest(shortlist,
+                    largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist),
+                                        shortlist, block_log_sums<Acc>),
+                    width);
 }
 
 // ---- What is left out ----

@@ -145,6 +145,13 @@ CPU = (
         SHORTLISTS,
     ),
     Mutant(
+        "scan_by_whole_blocks",
+        "cpu/block_select.cc",
+        "block_mass(s_.pools, s_.block_max + at, s_.ones, s_.mass)",
+        "block_mass(s_.pools, s_.block_max + at, s_.block_sum + at, s_.mass)",
+        SHORTLISTS,
+    ),
+    Mutant(
         "list_by_the_scan",
         "cpu/block_select.cc",
         "            refine(shortlisted);",

@@ -106,16 +106,17 @@ class LogSums:
     """Of some queries' scores against the units of one size."""
 
     by_block: Tensor  # [B, Hq, rows, blocks]: log of the sum of exp over the visible units
+    largest: Tensor  # the same: the largest score of a visible unit; NaN is none
     error: float  # relative, that a float32 computation of such a sum may have
 
 
-def masses(part: LogSums, whole: LogSums, counted: Tensor | None = None) -> Tensor:
-    """[B, Hq, rows, blocks]: sums of `part` over that of `whole` over the counted blocks."""
+def masses(part: Tensor, whole: LogSums, counted: Tensor | None = None) -> Tensor:
+    """[B, Hq, rows, blocks]: exp(part) over the sum of `whole` over the counted blocks."""
     terms = whole.by_block
     if counted is not None:
         terms = terms.masked_fill(~counted, -torch.inf)
     norm = torch.logsumexp(terms, -1, keepdim=True)
-    mass = (part.by_block - norm).exp().nan_to_num(nan=0.0).clamp(max=LARGEST_MASS)
+    mass = (part - norm).exp().nan_to_num(nan=0.0).clamp(max=LARGEST_MASS)
     return torch.where(norm.isfinite(), mass, 0.0)
 
 
@@ -172,7 +173,8 @@ class Scores:
         score = (self.factor * score).masked_fill(~self._visible(size, pool), -torch.inf)
         per_block = BLOCK_KEYS // size
         by_block = score.unflatten(-1, (score.shape[-1] // per_block, per_block))
-        return LogSums(torch.logsumexp(by_block, -1), self._error(rows, unit))
+        largest = by_block.masked_fill(by_block.isnan(), -torch.inf).amax(-1)
+        return LogSums(torch.logsumexp(by_block, -1), largest, self._error(rows, unit))
 
     def _visible(self, size: int, pool: int) -> Tensor:
         """[rows, units]: is the unit's last key at or before the row's last query?"""
@@ -209,8 +211,8 @@ class Scores:
 
     @cached_property
     def scanned(self) -> Tensor:
-        """Masses of the scan."""
-        return self._of_tiles(masses(self.scan_part, self.scan_whole), SCAN_POOL)
+        """Masses of the scan: of the hottest units."""
+        return self._of_tiles(masses(self.scan_part.largest, self.scan_whole), SCAN_POOL)
 
     @property
     def scan_error(self) -> float:
@@ -224,7 +226,7 @@ class Scores:
         """Masses of the refinement when `walked` [B, Hkv, T, blocks] is W."""
         pool = pool_size(self.group, REFINEMENT_POOL)
         counted = spread_to_rows(walked, self.heads, self.query.shape[2])[:, :, ::pool]
-        return self._of_tiles(masses(self.fine, self.middle, counted), REFINEMENT_POOL)
+        return self._of_tiles(masses(self.fine.by_block, self.middle, counted), REFINEMENT_POOL)
 
 
 # ---- Lists ----

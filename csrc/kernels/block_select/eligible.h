@@ -9,7 +9,7 @@
 namespace condensate::kernels::block_select {
 
 // is_eligible() of every block of a tile: before the windows, and (without causality) after them.
-struct EligibleBlocks {
+struct alignas(16) EligibleBlocks {
     int begin, low_end, high_begin, end;  // [begin, low_end) and [high_begin, end)
 
     CONDENSATE_HOST_DEVICE EligibleBlocks(const Ranges& r, TileSpan t)
@@ -32,7 +32,7 @@ struct EligibleBlocks {
     }
     CONDENSATE_HOST_DEVICE int count() const { return (low_end - begin) + (end - high_begin); }
     CONDENSATE_HOST_DEVICE bool contains(int block) const {
-        return block >= begin && block < end && (block < low_end || block >= high_begin);
+        return (block >= begin & block < low_end) | (block >= high_begin & block < end);
     }
     // The i-th of them, ascending.
     CONDENSATE_HOST_DEVICE int at(int i) const {

@@ -56,7 +56,7 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
             const int width = static_cast<int>(tile.params.max_blocks);
             const int32_t* list = tile.params.block_indices + smem.pooled.tile.tile_index * width;
             const bool counts = smem.eligible.contains(block) && !is_listed(list, width, block);
-            for_each_block<kRefinementLevels.mass.per_block>(
+            for_each_block<kRefinementLevels.mass.per_block, Sum>(
                 s, [&](int, int m, int half, float weight) {
                     omitted[m][half] += counts ? weight : 0.0f;
                 });

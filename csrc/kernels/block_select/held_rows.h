@@ -50,25 +50,23 @@ struct HeldRows {
         return __reduce_min_sync(0xffffffffu, units);
     }
 
-    // With wgmma all warps of the CTA must call it.
     __device__ __forceinline__ void score(Scores& s, int stage) const {
-        using T = typename Traits::T;
-        const uint32_t units_smem = ptx::smem_address(smem.stages[stage]);
-        if constexpr (Traits::kWgmma) {
-            ptx::pin_registers(s[0]);
-            ptx::wgmma_fence();
+        device::score_tile<typename Traits::T, Traits::kDim>(s, queries,
+                                                             ptx::smem_address(smem.stages[stage]));
+    }
+    // All warps of a warpgroup must call it.
+    __device__ __forceinline__ void score_by_wgmma(Scores& s, int stage) const {
+        const uint64_t units = ptx::smem_operand(ptx::smem_address(smem.stages[stage]));
+        ptx::pin_registers(s[0]);
+        ptx::wgmma_fence();
 #pragma unroll
-            for (int d = 0; d < Traits::kDim / 16; ++d)
-                ptx::wgmma_bt<T>(
-                    s[0], queries[d][0],
-                    ptx::smem_operand(units_smem + d / 4 * Traits::kPanelBytes + d % 4 * 32),
-                    d > 0);
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<0>();
-            ptx::pin_registers(s[0]);
-        } else {
-            device::score_tile<T, Traits::kDim>(s, queries, units_smem);
-        }
+        for (int d = 0; d < Traits::kDim / 16; ++d)
+            ptx::wgmma_bt<typename Traits::T>(
+                s[0], queries[d][0],
+                ptx::offset_operand(units, d / 4 * Traits::kPanelBytes + d % 4 * 32), d > 0);
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<0>();
+        ptx::pin_registers(s[0]);
     }
 
     // Drops units that a row does not see. first_unit(v) is the first unit of the lane's v-th block
@@ -129,36 +127,37 @@ struct HeldRows {
     }
 };
 
-// Sum of places kFirst..kFirst + kCount - 1 of one row, as a tree.
-template <int kFirst, int kCount, int kMTiles, int kNTiles>
-__device__ __forceinline__ float sum_places(const float (&s)[kMTiles][kNTiles][4], int m,
-                                            int half) {
-    if constexpr (kCount == 1) {
-        return s[m][kFirst / 2][2 * half + kFirst % 2];
-    } else {
-        return sum_places<kFirst, kCount / 2>(s, m, half) +
-               sum_places<kFirst + kCount / 2, kCount / 2>(s, m, half);
-    }
-}
-
-// Calls body(v, m, half, weight) with the weight of the kUnits units that the lane holds of its
-// v-th block, for v = kFrom and on.
-template <int kUnits, int kFrom = 0, int kMTiles, int kNTiles, class Body>
-__device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles][4], Body&& body) {
-#pragma unroll
-    for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-            body(kFrom, m, half, sum_places<kFrom * kUnits, kUnits>(s, m, half));
-    if constexpr ((kFrom + 1) * kUnits < 2 * kNTiles) for_each_block<kUnits, kFrom + 1>(s, body);
-}
-
 struct Max {
     __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 struct Sum {
     __device__ float operator()(float a, float b) const { return a + b; }
 };
+
+// Places kFirst..kFirst + kCount - 1 of one row, combined as a tree.
+template <int kFirst, int kCount, class Combine, int kMTiles, int kNTiles>
+__device__ __forceinline__ float fold_places(const float (&s)[kMTiles][kNTiles][4], int m,
+                                             int half) {
+    if constexpr (kCount == 1) {
+        return s[m][kFirst / 2][2 * half + kFirst % 2];
+    } else {
+        return Combine{}(fold_places<kFirst, kCount / 2, Combine>(s, m, half),
+                         fold_places<kFirst + kCount / 2, kCount / 2, Combine>(s, m, half));
+    }
+}
+
+// Calls body(v, m, half, value) with what Combine makes of the kUnits units that the lane holds of
+// its v-th block, for v = kFrom and on.
+template <int kUnits, class Combine, int kFrom = 0, int kMTiles, int kNTiles, class Body>
+__device__ __forceinline__ void for_each_block(const float (&s)[kMTiles][kNTiles][4], Body&& body) {
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            body(kFrom, m, half, fold_places<kFrom * kUnits, kUnits, Combine>(s, m, half));
+    if constexpr ((kFrom + 1) * kUnits < 2 * kNTiles)
+        for_each_block<kUnits, Combine, kFrom + 1>(s, body);
+}
 
 // Of the lane's values and those of the lane `bit` away keeps one half combined, in front.
 template <int kCount, class Combine>
@@ -174,67 +173,87 @@ __device__ __forceinline__ float max_with_lane(float x, int bit) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
 }
 
-// tile_masses() of units in order: lane l returns block l % 16 of 16, l % 4 of 4.
-template <int kBlockUnits, int kNTiles>
-__device__ __forceinline__ float tile_mass_in_order(const float (&s)[1][kNTiles][4]) {
-    using Layout = ChunkLayout<kBlockUnits, true>;
-    constexpr int kCount = Layout::kLaneBlocks;
-    float part[2][kCount];
-    for_each_block<Layout::kLaneUnits>(
-        s, [&](int v, int, int half, float weight) { part[half][v] = weight; });
-    if constexpr (kBlockUnits == 16) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            halve<4>(part[half], 2, Sum{});
-            halve<2>(part[half], 1, Sum{});
-        }
-        float mass = fmaxf(fmaxf(part[0][0], part[1][0]), 0.0f);
-        return finite_mass(max_with_lane(max_with_lane(max_with_lane(mass, 16), 8), 4));
-    } else {
-        const int lane = threadIdx.x & 31;
-        float mass[4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) halve<8>(part[half], 1, Sum{});
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mass[i] = fmaxf(fmaxf(part[0][i], part[1][i]), 0.0f);
-        halve<4>(mass, 16, Max{});
-        halve<2>(mass, 8, Max{});
-        mass[0] = max_with_lane(mass[0], 4);
-        // The lane now holds block 2 * (lane % 2 * 4 + lane / 8) + lane % 4 / 2, lane / 8 with its
-        // bits swapped; block b comes from the lane where that is b.
-        const int i = lane >> 1 & 3, high = lane >> 3 & 1;
-        const int from = (i >> 1) << 4 | (i & 1) << 3 | (lane & 1) << 1 | high;
-        return finite_mass(__shfl_sync(0xffffffffu, mass[0], from));
-    }
-}
-
-// Masses of the chunk's blocks, the largest over the warp's rows, from their weights. Afterwards
-// lane l holds blocks l and l + 32 (mass[0] and mass[1]) of 64, block l % 16 of 16, l % 4 of 4.
-template <int kBlockUnits, int kMTiles, int kNTiles>
-__device__ __forceinline__ void tile_masses(float (&mass)[2 * kNTiles / kBlockUnits],
-                                            const float (&s)[kMTiles][kNTiles][4]) {
-    constexpr int kCount = 2 * kNTiles / kBlockUnits;
+// From what a lane has of blocks to the largest over the warp's rows. Afterwards lane l holds
+// blocks l and l + 32 (x[0] and x[8]) of 64, block l % 16 of 16, l % 4 of 4.
+template <int kCount>
+__device__ __forceinline__ void max_over_rows(float (&x)[kCount]) {
     static_assert(kCount == 16 || kCount == 4 || kCount == 1, "1, 4 or 16 units a block");
-#pragma unroll
-    for (int v = 0; v < kCount; ++v) mass[v] = 0.0f;
-    for_each_block<kBlockUnits>(
-        s, [&](int v, int, int, float weight) { mass[v] = fmaxf(mass[v], weight); });
     if constexpr (kCount == 16) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
-            halve<8>(mass + 8 * w, 16, Max{});
-            halve<4>(mass + 8 * w, 8, Max{});
-            halve<2>(mass + 8 * w, 4, Max{});
+            halve<8>(x + 8 * w, 16, Max{});
+            halve<4>(x + 8 * w, 8, Max{});
+            halve<2>(x + 8 * w, 4, Max{});
         }
-        mass[1] = finite_mass(mass[8]);
     } else if constexpr (kCount == 4) {
-        halve<4>(mass, 8, Max{});
-        halve<2>(mass, 4, Max{});
-        mass[0] = max_with_lane(mass[0], 16);
+        halve<4>(x, 8, Max{});
+        halve<2>(x, 4, Max{});
+        x[0] = max_with_lane(x[0], 16);
     } else {
-        mass[0] = max_with_lane(max_with_lane(max_with_lane(mass[0], 16), 8), 4);
+        x[0] = max_with_lane(max_with_lane(max_with_lane(x[0], 16), 8), 4);
     }
-    mass[0] = finite_mass(mass[0]);
+}
+
+// Scan: weights of the hottest unit of the chunk's blocks over the warp's rows, from scores.
+// Afterwards lane l holds blocks l and l + 32 (the first two of the result) of 64, block l % 16 of
+// 16; of units in order, block l / 2 of 16.
+template <int kBlockUnits, class Traits>
+__device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
+                                                const typename HeldRows<Traits>::Scores& s,
+                                                float scale_log2) {
+    using Layout = ChunkLayout<kBlockUnits, Traits::kWgmma>;
+    constexpr int kMTiles = Traits::kMTiles;
+    float norm[kMTiles][2];
+#pragma unroll
+    for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) norm[m][half] = rows.smem.norm[rows.row(m, half)];
+    float log2_weight[Layout::kLaneBlocks];
+#pragma unroll
+    for (float& x : log2_weight) x = -INFINITY;
+    for_each_block<Layout::kLaneUnits, Max>(s, [&](int v, int m, int half, float score) {
+        const float x = fmaf(score, scale_log2, -norm[m][half]);
+        log2_weight[v] = fmaxf(log2_weight[v], x);
+    });
+    if constexpr (Traits::kWgmma) {  // the two halves of a block lie in neighbouring lanes
+        halve<8>(log2_weight, 16, Max{});
+        halve<4>(log2_weight, 8, Max{});
+        halve<2>(log2_weight, 4, Max{});
+        log2_weight[0] = max_with_lane(log2_weight[0], 1);
+    } else {
+        max_over_rows(log2_weight);
+    }
+    constexpr int kSecond = Layout::kBlocks == 64 ? 8 : 0;
+    return {finite_mass(ptx::exp2_approx(log2_weight[0])),
+            finite_mass(ptx::exp2_approx(log2_weight[kSecond]))};
+}
+
+// Refinement: masses of the chunk's blocks, the largest over the warp's rows, from their weights;
+// lane l returns block l % 4.
+template <int kMTiles, int kNTiles>
+__device__ __forceinline__ float chunk_masses(const float (&s)[kMTiles][kNTiles][4]) {
+    static_assert(2 * kNTiles == kFineUnits.per_block, "a lane holds a block of each row");
+    float mass[1] = {0.0f};
+    for_each_block<kFineUnits.per_block, Sum>(
+        s, [&](int, int, int, float weight) { mass[0] = fmaxf(mass[0], weight); });
+    max_over_rows(mass);
+    return finite_mass(mass[0]);
+}
+// The same of units in order.
+template <int kNTiles>
+__device__ __forceinline__ float chunk_masses_in_order(const float (&s)[1][kNTiles][4]) {
+    using Layout = ChunkLayout<kFineUnits.per_block, true>;
+    float part[2][Layout::kLaneBlocks];
+    for_each_block<Layout::kLaneUnits, Sum>(
+        s, [&](int v, int, int half, float weight) { part[half][v] = weight; });
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        halve<4>(part[half], 2, Sum{});
+        halve<2>(part[half], 1, Sum{});
+    }
+    float mass[1] = {fmaxf(fmaxf(part[0][0], part[1][0]), 0.0f)};
+    max_over_rows(mass);
+    return finite_mass(mass[0]);
 }
 
 }  // namespace condensate::kernels::block_select

@@ -34,15 +34,13 @@ __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t*
         [&](int i) { return __ldg(smem.walked.list + i); },
         [&](typename RefinedTile<Traits>::Scores& s, int first, int) {
             tile.rows.weigh(s, tile.scale_log2);
-            float mass[1];
-            if constexpr (Traits::kWgmma) {
-                mass[0] = tile_mass_in_order<kRefinementLevels.mass.per_block>(s);
-            } else {
-                tile_masses<kRefinementLevels.mass.per_block>(mass, s);
-            }
-            if (lane < 4 && first + lane < smem.shortlisted) {
-                masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass[0]);
-            }
+            float mass;
+            if constexpr (Traits::kWgmma)
+                mass = chunk_masses_in_order(s);
+            else
+                mass = chunk_masses(s);
+            if (lane < 4 && first + lane < smem.shortlisted)
+                masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass);
         });
 }
 

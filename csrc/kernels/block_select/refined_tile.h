@@ -5,6 +5,7 @@
 #include "condensate/params.h"
 #include "kernels/block_select/eligible.h"
 #include "kernels/block_select/held_rows.h"
+#include "kernels/block_select/score_chunks.h"
 
 namespace condensate::kernels::block_select {
 
@@ -43,7 +44,7 @@ struct RefinedTile {
           params(params),
           maps(maps),
           streamed(streamed),
-          scale_log2(params.problem.scale * device::kLog2E),
+          scale_log2(fabsf(params.problem.scale) * device::kLog2E),
           rows(smem) {}
 
     // Takes the tile's rows into registers and notes in shared memory what there is to know.
@@ -91,21 +92,18 @@ struct RefinedTile {
         };
         auto load = [&](int step, int stage) {
             const int first = step * Layout::kBlocks;
-            if constexpr (!Traits::kWgmma)
-                gather<kBlockUnits>(level, blocks_from(first), stage);
-            else if (threadIdx.x < 32)
+            if constexpr (Traits::kWgmma)
                 gather_boxes<kBlockUnits>(level, blocks_from(first), stage);
+            else
+                gather<kBlockUnits>(level, blocks_from(first), stage);
         };
-        auto score = [&](int step, int stage) {
-            const bool idle =
-                static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.pooled.rows;
-            if (idle && !Traits::kWgmma) return;  // wgmma needs all warps
+        auto idle = [&](int) {
+            return static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.pooled.rows;
+        };
+        auto look = [&](Scores& s, int step) {
             const int first = step * Layout::kBlocks;
             const int blocks = blocks_from(first);
             const int last = __shfl_sync(kAll, blocks, Layout::kBlocks - 1);
-            Scores s;
-            rows.score(s, stage);
-            if (idle) return;
             if (last < 0 || (last + 1) * kBlockUnits > seen_by_all) {
                 rows.template mask<kBlockUnits>(s, ranges, level.keys, [&](int v) {
                     int block = __shfl_sync(kAll, blocks, Layout::block(v));
@@ -114,8 +112,8 @@ struct RefinedTile {
             }
             body(s, first, blocks);
         };
-        pipeline<Traits>(smem, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks, load,
-                         score);
+        score_chunks(smem, rows, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks, load,
+                     idle, look);
     }
 
   private:

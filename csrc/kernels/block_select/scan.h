@@ -6,6 +6,7 @@
 #include "condensate/params.h"
 #include "kernels/block_select/eligible.h"
 #include "kernels/block_select/held_rows.h"
+#include "kernels/block_select/score_chunks.h"
 #include "kernels/block_select/top_blocks.h"
 
 namespace condensate::kernels::block_select {
@@ -55,7 +56,7 @@ struct TileState {
     TopBlocks::Window window;
     int32_t* list;
     int blocks;  // that the tile reaches; 0: nothing to score
-    int item;    // of the CTA
+    int round;   // of the CTA
 };
 
 template <class Traits>
@@ -90,30 +91,25 @@ struct TileScan {
         const Ranges ranges = params.problem.ranges();
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         const int chunk_blocks = kChunkUnits / level.per_block;
-        const auto load = loader(level);
-        auto score = [&](int step, int stage) {
-            const int first_block = step * chunk_blocks, first_unit = step * kChunkUnits;
-            const bool idle = first_block >= state().blocks;
-            if (idle && !Traits::kWgmma) return;  // wgmma needs all warps
-            Scores s;
-            rows.score(s, stage);
-            if (idle) return;
+        auto idle = [&](int step) { return step * chunk_blocks >= state().blocks; };
+        auto look = [&](Scores& s, int step) {
+            const int first_unit = step * kChunkUnits;
             if (first_unit + kChunkUnits > seen_by_all) {
                 rows.template mask<Traits::kBlockUnits>(s, ranges, level.keys, [&](int v) {
                     return first_unit + Layout::block(v) * Traits::kBlockUnits;
                 });
             }
-            body(s, first_block);
+            body(s, step * chunk_blocks);
         };
-        pipeline<Traits>(smem, streamed, (smem.blocks + chunk_blocks - 1) / chunk_blocks, load,
-                         score);
+        score_chunks(smem, rows, streamed, (smem.blocks + chunk_blocks - 1) / chunk_blocks,
+                     loader(level), idle, look);
     }
 
     // load(step, stage) of a level's chunks.
     __device__ __forceinline__ auto loader(UnitLevel level) {
         if constexpr (Traits::kWgmma) {
             return [this, level](int step, int stage) {
-                if (threadIdx.x != 0) return;
+                if ((threadIdx.x & 31) != 0) return;
                 const bool coarse = level.keys == kCoarseUnits.keys;
                 const uint32_t barrier = ptx::smem_address(&smem.landed[stage]);
                 ptx::mbarrier_arrive_expect(barrier, Traits::kPanels * Traits::kPanelBytes);
@@ -149,19 +145,15 @@ struct TileScan {
 
     __device__ __forceinline__ void find_top(TopBlocks& top) {
         const int lane = threadIdx.x & 31;
+        const bool holds = Traits::kWgmma ? lane % 2 == 0 : lane < Layout::kBlocks;
+        const int held = Traits::kWgmma ? lane / 2 : lane;
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
-            rows.weigh(s, scale_log2);
-            float mass[Layout::kLaneBlocks];
-            if constexpr (Traits::kWgmma) {
-                mass[0] = tile_mass_in_order<Traits::kBlockUnits>(s);
-            } else {
-                tile_masses<Traits::kBlockUnits>(mass, s);
-            }
+            const float2 mass = hottest_units<Traits::kBlockUnits>(rows, s, scale_log2);
             const EligibleBlocks eligible = state().eligible;
-            const int block = first_block + lane;
-            top.add(lane < Layout::kBlocks && eligible.contains(block), mass[0], block);
+            const int block = first_block + held;
+            top.add(holds && eligible.contains(block), mass.x, block);
             if constexpr (Layout::kBlocks == 64)
-                top.add(eligible.contains(block + 32), mass[1], block + 32);
+                top.add(eligible.contains(block + 32), mass.y, block + 32);
             top.make_room(first_block + Layout::kBlocks);
         });
     }
@@ -173,7 +165,7 @@ struct TileScan {
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
             rows.weigh(s, scale_log2);
             const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
-            for_each_block<Layout::kLaneUnits>(s, [&](int v, int m, int half, float weight) {
+            for_each_block<Layout::kLaneUnits, Sum>(s, [&](int v, int m, int half, float weight) {
                 int block = Layout::block(v);
                 bool counts = !(inside >> block & 1) && !covers(first_block + block);
                 outside[m][half] += counts ? finite_mass(weight) : 0.0f;
@@ -235,7 +227,7 @@ template <class Traits>
 __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* window_smem,
                                            const BlockSelectParams& params,
                                            const ScanOutput& output, const device::TileRows& tile,
-                                           bool exists, int item) {
+                                           bool exists, int round) {
     const int lane = threadIdx.x & 31;
     const EligibleBlocks eligible(params.problem.ranges(), tile.span());
     int32_t* list = output.indices + tile.tile_index * output.width;
@@ -253,7 +245,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
                        static_cast<int>(output.width)},
                       list,
                       scores ? reachable_blocks(params.problem.ranges(), tile.span()) : 0,
-                      item};
+                      round};
     }
     __syncwarp();
     if (exists && !scores) {
@@ -267,7 +259,8 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
     return scores;
 }
 
-// Work item = consecutive tiles of a KV head, one a warp; items run longest first within a head.
+// Work item = consecutive tiles of a KV head, one a warp. Items are dealt out longest first, back
+// and forth, so that every CTA gets as much.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     block_scan_kernel(const __grid_constant__ BlockSelectParams params,
@@ -284,14 +277,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     init_stages<Traits>(smem);
     const int items_per_head = (tiles + Traits::kWarps - 1) / Traits::kWarps;
 
-    for (int item = blockIdx.x; item < output.items;
-         item = smem.tile[warp].item + static_cast<int>(gridDim.x)) {
-        const int head = item / items_per_head;
-        const int first_tile = (items_per_head - 1 - item % items_per_head) * Traits::kWarps;
+    for (int round = 0;; round = smem.tile[warp].round + 1) {
+        const int place = static_cast<int>(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        const int item = round * static_cast<int>(gridDim.x) + place;
+        if (item >= output.items) break;
+        const int heads = output.items / items_per_head;
+        const int head = item % heads;
+        const int first_tile = (items_per_head - 1 - item / heads) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
         const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
         const bool scores = begin_tile<Traits>(smem.tile[warp], smem.window[warp], params, output,
-                                               tile, exists, item);
+                                               tile, exists, round);
         if (!__syncthreads_or(scores)) continue;
 
         if (threadIdx.x == 0) {
@@ -303,8 +299,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                       problem.query_len, problem.kv_len);
             smem.blocks = reachable_blocks(problem.ranges(), last);
         }
-        TileScan<Traits> scan{
-            smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
+        TileScan<Traits> scan{smem,
+                              params,
+                              maps,
+                              streamed,
+                              fabsf(problem.scale) * device::kLog2E,
+                              HeldRows<Traits>(smem)};
         const PooledRows pooled(tile, kScanPool);
         load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
         scan.rows.hold([&](int row) {

@@ -75,8 +75,9 @@ __device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64
 }
 
 // Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over at most
-// kMost positions. Quest's bound is a dot product of [max(q,0) | min(q,0)] with [max | min], so its
-// queries take two halves.
+// kMost positions, and negated where the scale is negative, so that larger scores weigh more.
+// Quest's bound is a dot product of [max(q,0) | min(q,0)] with [max | min], so its queries take two
+// halves.
 template <class Traits, int kMost>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const BlockSelectParams& params,
@@ -87,6 +88,7 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
     const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
     const int summary_chunks = kQuest ? 2 * query_chunks : query_chunks;
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows;
+    const bool negated = params.problem.scale < 0.0f;
 #pragma unroll 2
     for (int i = threadIdx.x & 31; i < Traits::kWarpRows * kChunks; i += 32) {
         int row = first_row + i / kChunks, chunk = i % kChunks;
@@ -106,6 +108,7 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
             mean[e] = static_cast<float>(static_cast<T>(mean[e] / existing));
             // NaN stays NaN.
             if (kQuest && (low_half ? mean[e] > 0.0f : mean[e] < 0.0f)) mean[e] = 0.0f;
+            if (negated) mean[e] = -mean[e];
         }
         uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
                         device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};

@@ -113,7 +113,7 @@ struct TopBlocks {
     static constexpr int kMostAdded = 64;  // before make_room() is called again
 
     // Lies in shared memory, to leave registers to scores.
-    struct Window {
+    struct alignas(16) Window {
         uint32_t* masses;  // [capacity]
         int32_t* blocks;   // [capacity], ascending
         int capacity, keep;

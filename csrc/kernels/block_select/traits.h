@@ -55,9 +55,10 @@ struct RowTraits {
         // First the rows, until they are in registers, then the stages.
         T stages[kStages][kChunkUnits * kDim];
         uint32_t histogram[kWarps][kRadixBins];
-        float norm[kRows];         // log2 of a row's softmax sum
-        int position[kRows];       // that decides what a row sees; kNoRow where there is no row
-        uint64_t landed[kStages];  // barriers of the copy engine
+        float norm[kRows];    // log2 of a row's softmax sum
+        int position[kRows];  // that decides what a row sees; kNoRow where there is no row
+        // Barriers: a chunk is there (the copy engine's), all warps are done with it.
+        uint64_t landed[kStages], released[kStages];
     };
     static_assert(kRows <= kStages * kChunkUnits, "the rows fit in the stages");
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");

@@ -1,5 +1,5 @@
 // Chunks of 64 units in shared memory, laid out so that the accumulators of a lane hold whole
-// blocks, and the pipeline that streams them.
+// blocks, and how cp.async brings them there.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,6 @@
 #include "condensate/geometry.h"
 #include "device/smem_tile.h"
 #include "kernels/block_select/traits.h"
-#include "ptx/barrier.h"
 #include "ptx/tensor_copy.h"
 
 namespace condensate::kernels::block_select {
@@ -110,47 +109,5 @@ struct LevelStream {
         });
     }
 };
-
-// Readies the barriers of the stages; a __syncthreads must follow.
-template <class Traits>
-__device__ __forceinline__ void init_stages(typename Traits::Smem& smem) {
-    if constexpr (Traits::kWgmma) {
-        if (threadIdx.x == 0) {
-            for (int s = 0; s < Traits::kStages; ++s)
-                ptx::mbarrier_init(ptx::smem_address(&smem.landed[s]), 1);
-            ptx::fence_mbarrier_init();
-        }
-    }
-}
-
-// Calls load(step, stage) ahead of body(step, stage). One barrier a step, before its body, and one
-// at the end, after which the stages are free; all threads of the CTA call it. `streamed` counts
-// the chunks so far: the stages are a ring.
-template <class Traits, class Load, class Body>
-__device__ __forceinline__ void pipeline(typename Traits::Smem& smem, uint32_t& streamed, int steps,
-                                         Load&& load, Body&& body) {
-    constexpr int kStages = Traits::kStages;
-    auto start = [&](int step) {
-        if (step < steps) load(step, static_cast<int>((streamed + step) % kStages));
-        if constexpr (!Traits::kWgmma) ptx::cp_async_commit();
-    };
-#pragma unroll
-    for (int step = 0; step < kStages - 1; ++step) start(step);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        const int stage = static_cast<int>((streamed + step) % kStages);
-        if constexpr (Traits::kWgmma) {
-            ptx::mbarrier_wait(ptx::smem_address(&smem.landed[stage]),
-                               (streamed + step) / kStages & 1);
-        } else {
-            ptx::cp_async_wait<kStages - 2>();
-        }
-        __syncthreads();  // this chunk has landed; nobody reads the one before it any more
-        start(step + kStages - 1);
-        body(step, stage);
-    }
-    __syncthreads();
-    streamed += steps;
-}
 
 }  // namespace condensate::kernels::block_select

@@ -71,14 +71,25 @@ struct TileSelection {
         return block_select::finite_mass(mass);
     }
 
+    // The hottest unit's.
+    __device__ __forceinline__ float hottest_mass(float score, int row, int per_block) const {
+        float mass = expf(score - smem.norm[row]);
+        for (int offset = 1; offset < per_block; offset *= 2)
+            mass = fmaxf(mass, __shfl_xor_sync(0xffffffffu, mass, offset));
+        return block_select::finite_mass(mass);
+    }
+
     // scratch.masses[i]: of the set's i-th block, the largest over the rows so far.
-    __device__ __forceinline__ void find_masses(UnitLevel level, BlockSet set, int first_row) {
+    __device__ __forceinline__ void find_masses(UnitLevel level, BlockSet set, int first_row,
+                                                bool hottest) {
         units.sweep(level, set, [&](const float (&score)[kWarpRows], int place) {
             float largest = 0.0f;
 #pragma unroll
-            for (int r = 0; r < kWarpRows; ++r)
-                largest =
-                    fmaxf(largest, block_mass(score[r], first_row + lane.row(r), level.per_block));
+            for (int r = 0; r < kWarpRows; ++r) {
+                const int row = first_row + lane.row(r);
+                largest = fmaxf(largest, hottest ? hottest_mass(score[r], row, level.per_block)
+                                                 : block_mass(score[r], row, level.per_block));
+            }
             if (lane.lane % level.per_block == 0)
                 smem.warp_mass[lane.warp][lane.lane / level.per_block] = largest;
             __syncthreads();
@@ -204,7 +215,7 @@ struct TileSelection {
         for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
             find_norm(levels.norm, reachable, row);
-            find_masses(levels.mass, candidates, row);
+            find_masses(levels.mass, candidates, row, /*hottest=*/true);
         }
         const int keep = static_cast<int>(min_i64(width, candidates.count));
         BlockSet taken = {list, choose(candidates.blocks, candidates.count, keep, list, width)};
@@ -232,7 +243,7 @@ struct TileSelection {
         for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
             find_norm(levels.norm, walked, row);
-            find_masses(levels.mass, shortlist, row);
+            find_masses(levels.mass, shortlist, row, /*hottest=*/false);
         }
         BlockSet taken = {list,
                           choose(shortlist.blocks, shortlist.count, keep, list, params.max_blocks)};

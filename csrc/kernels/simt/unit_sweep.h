@@ -64,6 +64,7 @@ struct UnitSweep {
     // [max(q,0) | min(q,0)] with [max | min].
     __device__ void load_pooled(const PooledRows& pooled, int first_row) {
         const int head_dim = static_cast<int>(params.problem.head_dim);
+        __syncwarp();  // no lane reads the rows before these any more
         for (int r = 0; r < kWarpRows; ++r) {
             int row = first_row + lane.row(r), size = pooled.size(row);
             float* to_smem = smem.queries() + lane.row(r) * dim;
