@@ -43,7 +43,7 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
     float omitted[kMTiles][2] = {};
     tile.template sweep<kRefinementLevels.mass.per_block>(
         kRefinementLevels.mass, smem.walked.size, [&](int i) { return smem.walked.at(i); },
-        [&](typename RefinedTile<Traits>::Scores& s, int, int blocks) {
+        [&](typename RefinedTile<Traits>::Scores& s, int first) {
             float rescale[kMTiles][2];
             if (softmax.raise(s, tile.scale_log2, rescale)) {
 #pragma unroll
@@ -52,7 +52,8 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
                     for (int half = 0; half < 2; ++half) omitted[m][half] *= rescale[m][half];
             }
             softmax.weigh(s, tile.scale_log2);
-            const int block = __shfl_sync(0xffffffffu, blocks, threadIdx.x & 3);
+            const int place = first + static_cast<int>(threadIdx.x & 3);
+            const int block = place < smem.walked.size ? smem.walked.at(place) : -1;
             const int width = static_cast<int>(tile.params.max_blocks);
             const int32_t* list = tile.params.block_indices + smem.pooled.tile.tile_index * width;
             const bool counts = smem.eligible.contains(block) && !is_listed(list, width, block);

@@ -194,7 +194,7 @@ __device__ __forceinline__ void max_over_rows(float (&x)[kCount]) {
     }
 }
 
-// Scan: weights of the hottest unit of the chunk's blocks over the warp's rows, from scores.
+// Scan: log2 of the weight of the hottest unit of the chunk's blocks over the warp's rows.
 // Afterwards lane l holds blocks l and l + 32 (the first two of the result) of 64, block l % 16 of
 // 16; of units in order, block l / 2 of 16.
 template <int kBlockUnits, class Traits>
@@ -208,12 +208,10 @@ __device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) norm[m][half] = rows.smem.norm[rows.row(m, half)];
-    float log2_weight[Layout::kLaneBlocks];
-#pragma unroll
-    for (float& x : log2_weight) x = -INFINITY;
+    float log2_weight[Layout::kLaneBlocks] = {};
     for_each_block<Layout::kLaneUnits, Max>(s, [&](int v, int m, int half, float score) {
         const float x = fmaf(score, scale_log2, -norm[m][half]);
-        log2_weight[v] = fmaxf(log2_weight[v], x);
+        log2_weight[v] = m + half == 0 ? x : fmaxf(log2_weight[v], x);
     });
     if constexpr (Traits::kWgmma) {  // the two halves of a block lie in neighbouring lanes
         halve<8>(log2_weight, 16, Max{});
@@ -224,8 +222,7 @@ __device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
         max_over_rows(log2_weight);
     }
     constexpr int kSecond = Layout::kBlocks == 64 ? 8 : 0;
-    return {finite_mass(ptx::exp2_approx(log2_weight[0])),
-            finite_mass(ptx::exp2_approx(log2_weight[kSecond]))};
+    return {log2_weight[0], log2_weight[kSecond]};
 }
 
 // Refinement: masses of the chunk's blocks, the largest over the warp's rows, from their weights;

@@ -15,7 +15,7 @@ __device__ __forceinline__ void find_norm(RefinedTile<Traits>& tile) {
     device::OnlineSoftmax<kMTiles> softmax;
     tile.template sweep<kRefinementLevels.norm.per_block>(
         kRefinementLevels.norm, smem.walked.size, [&](int i) { return smem.walked.at(i); },
-        [&](typename RefinedTile<Traits>::Scores& s, int, int) {
+        [&](typename RefinedTile<Traits>::Scores& s, int) {
             float rescale[kMTiles][2];
             softmax.raise(s, tile.scale_log2, rescale);
             softmax.weigh(s, tile.scale_log2);
@@ -32,7 +32,7 @@ __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t*
     tile.template sweep<kRefinementLevels.mass.per_block>(
         kRefinementLevels.mass, smem.shortlisted,
         [&](int i) { return __ldg(smem.walked.list + i); },
-        [&](typename RefinedTile<Traits>::Scores& s, int first, int) {
+        [&](typename RefinedTile<Traits>::Scores& s, int first) {
             tile.rows.weigh(s, tile.scale_log2);
             float mass;
             if constexpr (Traits::kWgmma)

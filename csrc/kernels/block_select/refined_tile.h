@@ -76,16 +76,18 @@ struct RefinedTile {
         __syncthreads();  // all rows are in registers, the stages are free; the notes are written
     }
 
-    // Scores units of blocks block_at(0 .. count - 1), ascending, chunk by chunk:
-    // body(scores, place of the chunk's first block, blocks). Lane l of `blocks` names the chunk's
-    // l-th block, -1 past the last; scores there are dropped.
+    // Scores units of blocks block_at(0 .. count - 1), ascending, chunk by chunk: body(scores,
+    // place of the chunk's first block). Scores past the last block are dropped.
     template <int kBlockUnits, class BlockAt, class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, int count, BlockAt&& block_at,
                                           Body&& body) {
         using Layout = ChunkLayout<kBlockUnits, Traits::kWgmma>;
         constexpr unsigned kAll = 0xffffffffu;
         const Ranges ranges = params.problem.ranges();
-        const int seen_by_all = rows.seen_by_all(ranges, level.keys);
+        const int whole =
+            leading_blocks(count, block_at, rows.seen_by_all(ranges, level.keys) / kBlockUnits);
+        const bool idle_warp =
+            static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.pooled.rows;
         auto blocks_from = [&](int first) {
             int lane = threadIdx.x & 31;
             return lane < Layout::kBlocks && first + lane < count ? block_at(first + lane) : -1;
@@ -97,26 +99,34 @@ struct RefinedTile {
             else
                 gather<kBlockUnits>(level, blocks_from(first), stage);
         };
-        auto idle = [&](int) {
-            return static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows >= smem.pooled.rows;
-        };
+        auto idle = [&](int) { return idle_warp; };
         auto look = [&](Scores& s, int step) {
             const int first = step * Layout::kBlocks;
-            const int blocks = blocks_from(first);
-            const int last = __shfl_sync(kAll, blocks, Layout::kBlocks - 1);
-            if (last < 0 || (last + 1) * kBlockUnits > seen_by_all) {
+            if (first + Layout::kBlocks > whole) {
+                const int blocks = blocks_from(first);
                 rows.template mask<kBlockUnits>(s, ranges, level.keys, [&](int v) {
                     int block = __shfl_sync(kAll, blocks, Layout::block(v));
                     return block < 0 ? INT_MAX - kBlockUnits : block * kBlockUnits;
                 });
             }
-            body(s, first, blocks);
+            body(s, first);
         };
         score_chunks(smem, rows, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks, load,
                      idle, look);
     }
 
   private:
+    // How many of the blocks come before block `end`; the whole warp calls it.
+    template <class BlockAt>
+    static __device__ __forceinline__ int leading_blocks(int count, BlockAt&& block_at, int end) {
+        int leading = 0;
+        for (int first = 0; first < count; first += 32) {
+            const int i = first + static_cast<int>(threadIdx.x & 31);
+            leading += __popc(__ballot_sync(0xffffffffu, i < count && block_at(i) < end));
+        }
+        return leading;
+    }
+
     // Starts copying the units of the blocks that lanes 0, 1, ... name; zeros for -1.
     template <int kBlockUnits>
     __device__ __forceinline__ void gather(UnitLevel level, int blocks, int stage) {

@@ -91,7 +91,8 @@ struct TileScan {
         const Ranges ranges = params.problem.ranges();
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         const int chunk_blocks = kChunkUnits / level.per_block;
-        auto idle = [&](int step) { return step * chunk_blocks >= state().blocks; };
+        const int reached = (state().blocks + chunk_blocks - 1) / chunk_blocks;
+        auto idle = [&](int step) { return step >= reached; };
         auto look = [&](Scores& s, int step) {
             const int first_unit = step * kChunkUnits;
             if (first_unit + kChunkUnits > seen_by_all) {
@@ -143,18 +144,33 @@ struct TileScan {
         rows.normalise(softmax);
     }
 
+    static __device__ __forceinline__ float mass_of(float log2_weight) {
+        return finite_mass(ptx::exp2_approx(log2_weight));
+    }
+
     __device__ __forceinline__ void find_top(TopBlocks& top) {
         const int lane = threadIdx.x & 31;
-        const bool holds = Traits::kWgmma ? lane % 2 == 0 : lane < Layout::kBlocks;
-        const int held = Traits::kWgmma ? lane / 2 : lane;
+        float waiting = 0.0f;  // of units in order: the chunk before, which fills half the lanes
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
-            const float2 mass = hottest_units<Traits::kBlockUnits>(rows, s, scale_log2);
-            const EligibleBlocks eligible = state().eligible;
-            const int block = first_block + held;
-            top.add(holds && eligible.contains(block), mass.x, block);
-            if constexpr (Layout::kBlocks == 64)
-                top.add(eligible.contains(block + 32), mass.y, block + 32);
-            top.make_room(first_block + Layout::kBlocks);
+            constexpr int kBlocks = Layout::kBlocks;
+            const float2 hottest = hottest_units<Traits::kBlockUnits>(rows, s, scale_log2);
+            if constexpr (Traits::kWgmma) {
+                const bool pair = first_block / kBlocks % 2;
+                if (!pair) {
+                    waiting = hottest.x;
+                    if (first_block + kBlocks < state().blocks) return;
+                }
+                const int block = first_block - pair * kBlocks + lane % 2 * kBlocks + lane / 2;
+                top.add((pair || lane % 2 == 0) & state().eligible.contains(block),
+                        mass_of(lane % 2 ? hottest.x : waiting), block);
+            } else {
+                const EligibleBlocks eligible = state().eligible;
+                const int block = first_block + lane;
+                top.add(lane < kBlocks && eligible.contains(block), mass_of(hottest.x), block);
+                if constexpr (kBlocks == 64)
+                    top.add(eligible.contains(block + 32), mass_of(hottest.y), block + 32);
+            }
+            top.make_room(first_block + kBlocks);
         });
     }
 
@@ -318,7 +334,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         scan.find_norm();
         int count = 0;
         if (output.width > 0) {
-            TopBlocks top(smem.tile[warp].window, smem.histogram[warp]);
+            TopBlocks top(smem.tile[warp].window, smem.histogram[warp],
+                          Traits::kWgmma ? lanes_before_even_first() : lanes_before());
             scan.find_top(top);
             if (scores) count = top.store(smem.tile[warp].list, output.width);
         }

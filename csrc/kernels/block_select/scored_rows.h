@@ -102,10 +102,10 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
         }
         float mean[8];
         sum_queries<kMost>(mean, src, params.query.stride_seq, size);
-        float existing = static_cast<float>(max(size, 1));
+        const float share = 1.0f / static_cast<float>(max(size, 1));
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            mean[e] = static_cast<float>(static_cast<T>(mean[e] / existing));
+            mean[e] *= share;
             // NaN stays NaN.
             if (kQuest && (low_half ? mean[e] > 0.0f : mean[e] < 0.0f)) mean[e] = 0.0f;
             if (negated) mean[e] = -mean[e];

@@ -106,6 +106,14 @@ __device__ void write_all(const Blocks& eligible, int32_t* list, int64_t width) 
     pad_list(list, count, width);
 }
 
+// Bits of the lanes with a lower index, or whose blocks come first when even lanes' come before odd
+// ones'.
+__device__ __forceinline__ unsigned lanes_before() { return (1u << (threadIdx.x & 31)) - 1; }
+__device__ __forceinline__ unsigned lanes_before_even_first() {
+    constexpr unsigned kEven = 0x55555555u;
+    return threadIdx.x & 1 ? kEven | (lanes_before() & ~kEven) : kEven & lanes_before();
+}
+
 // The `keep` blocks of largest mass among those that come by in ascending order. Only a window of
 // them is held: whenever it is full it shrinks to the best so far, and what cannot be among them is
 // not taken in any more.
@@ -121,25 +129,29 @@ struct TopBlocks {
 
     const Window& window;
     uint32_t* histogram_smem;
+    unsigned lanes_before;  // whose blocks come before this lane's
     int count = 0;
     uint32_t least = 0;  // mass that a later block needs
     int next_shrink;     // when so many blocks have come by
 
-    __device__ TopBlocks(const Window& window, uint32_t* histogram_smem)
-        : window(window), histogram_smem(histogram_smem), next_shrink(3 * window.keep) {}
+    __device__ TopBlocks(const Window& window, uint32_t* histogram_smem, unsigned lanes_before)
+        : window(window),
+          histogram_smem(histogram_smem),
+          lanes_before(lanes_before),
+          next_shrink(3 * window.keep) {}
 
     CONDENSATE_HOST_DEVICE static int64_t capacity_for(int64_t keep) {
         return ceil_div(keep + max_i64(keep, 192), 32) * 32;
     }
 
-    // The whole warp calls it, blocks ascending by lane.
+    // The whole warp calls it, blocks ascending in the order of lanes.
     __device__ __forceinline__ void add(bool eligible, float mass, int block) {
         const uint32_t bits = __float_as_uint(mass);
         const bool take = eligible && bits >= least;
         const unsigned takers = __ballot_sync(0xffffffffu, take);
         if (takers == 0) return;
         if (take) {
-            int slot = count + __popc(takers & ((1u << (threadIdx.x & 31)) - 1));
+            int slot = count + __popc(takers & lanes_before);
             window.masses[slot] = bits;
             window.blocks[slot] = block;
         }
