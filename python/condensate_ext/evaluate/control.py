@@ -15,7 +15,7 @@ _SCORES = 1 << 28  # scores held at once: 1 GiB in float32
 def unfused_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
 ) -> Tensor:
-    """Causal dense attention that writes its scores down, in float32, some texts or queries at a time.
+    """Causal dense attention that writes its scores down, in float32, a part of them at a time.
 
     Args:
         query: ``[B, Hq, Lq, D]``, the last of them at the last key.
