@@ -172,6 +172,23 @@ def test_progress_adds_up_to_one(loaded, protocol):
     assert len(shares) > 2
 
 
+def test_every_protocol_is_dense_under_a_covering_budget(folder, device):
+    on_device = subject.load(
+        folder / "model", folder / "text.txt",
+        context=CONTEXT, documents=2, batch=2, dtype="float32", device=device,
+    )  # fmt: skip
+    chosen = [policies.policy("block", 640)]
+    decoded = protocols.decode(on_device, chosen, 3)
+    prefilled = protocols.prefill(on_device, chosen, 3)
+    assert [r["kl"] for r in (*decoded, *prefilled)] == pytest.approx([0] * 4, abs=1e-4)
+    dense, ours = protocols.needles(on_device, chosen, 2)
+    assert dense["needle_all"] == ours["needle_all"]
+    assert [r["survived"] for r in protocols.survive(on_device, chosen, 3)] == [1, 1]
+    ((omitted,), (audit,)) = protocols.omitted(on_device, chosen)
+    assert omitted["omitted_max"] < 1e-4
+    assert audit.omitted.device.type == "cpu"
+
+
 def test_needles_of_every_document_are_counted(monkeypatch, loaded):
     asked = []
 
