@@ -91,15 +91,13 @@ def test_needles_are_scored_by_their_first_and_all_characters(tokenizer, variant
         (True, True), (True, False), (False, False), (False, False),
     ]  # fmt: skip
     # A policy reads every prompt whole; dense attention may read what they share once.
-    steps = needles.ANSWER_TOKENS - 1
-    if variant is None:
-        assert [(rows, tokens) for _, rows, tokens in scripted.passes if tokens > 1][::2] == [
-            (1, scripted.passes[0][2]), (1, scripted.passes[steps + 2][2]),
-        ]  # fmt: skip
-        assert all(name == "sdpa" for name, _, _ in scripted.passes)
-    else:
-        expected = [(3, 400), *[(3, 1)] * steps, (1, 400), *[(1, 1)] * steps]
-        assert scripted.passes == [("cond", *shape) for shape in expected]
+    expected = []
+    for group in (made[:3], made[3:]):
+        asked = max(len(tokenizer(n.question, add_special_tokens=False).input_ids) for n in group)
+        whole = [(1, 400 - asked), (len(group), asked)] if variant is None else [(len(group), 400)]
+        expected += [*whole, *[(len(group), 1)] * (needles.ANSWER_TOKENS - 1)]
+    name = "sdpa" if variant is None else "cond"
+    assert scripted.passes == [(name, *shape) for shape in expected]
 
 
 class Pairs:
