@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condensate_ext import captured
 from condensate_ext.captured import CapturedLayer
+from condensate_ext.evaluate.policies import ANCHORS, SELECTORS, WINDOW, policy
 from condensate_ext.ops import (
     attention,
     attention_forward,
@@ -35,7 +36,6 @@ from condensate_ext.ops import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-WINDOW, ANCHORS = 256, 64
 # (selector, keys per query in all)
 LAYER_CASES = (
     ("block", 512),
@@ -63,12 +63,6 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
             torch.cuda.synchronize(device)
         times.append(1e3 * (time.perf_counter() - began))
     return statistics.median(times[1:])
-
-
-def policy(selector: str, keys: int) -> dict[str, Any]:
-    """Keyword arguments of :func:`condensate_ext.attention` for ``keys`` per query in all."""
-    topk = keys - WINDOW - ANCHORS
-    return {"window": WINDOW, "anchors": ANCHORS, "topk": topk, "selector": selector}
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -230,7 +224,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     model.add_argument("--text", type=Path, help="text file; default: sources of Python's library")
     model.add_argument("--context", type=int, help="tokens; default: 4096, on a GPU 32768")
     model.add_argument("--keys", type=int, nargs="+", default=[1024, 2048], help="keys per query")
-    model.add_argument("--selector", default="block", choices=("block", "quest", "mean", "exact"))
+    model.add_argument("--selector", default="block", choices=SELECTORS)
     model.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
     model.add_argument("--decode", type=int, help="tokens compared one query at a time")
     model.add_argument("--new-tokens", type=int, default=64, help="tokens generated greedily")
