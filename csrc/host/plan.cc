@@ -122,8 +122,10 @@ void describe_work(const PlanRequest& request, Plan* plan) {
         plan->selection = Selection::kTokens;
         selected_keys = p.kv_len;  // the thresholds say how many
     } else if (request.stage == Stage::kAttention &&
-               budget_covers(p.ranges(), request.topk, request.selector)) {
-        plan->selection = Selection::kCovered;
+               attends_everything(p.ranges(), p.query_len, request.topk, request.selector)) {
+        plan->selection = budget_covers(p.ranges(), request.topk, request.selector)
+                              ? Selection::kCovered
+                              : Selection::kDense;
         selected_keys = p.kv_len;
     } else if (request.topk > 0) {
         plan->selection = exact ? Selection::kTokens : Selection::kBlocks;
@@ -175,6 +177,8 @@ const char* selection_name(Selection selection) {
     switch (selection) {
         case Selection::kCovered:
             return "covered";
+        case Selection::kDense:
+            return "dense";
         case Selection::kTokens:
             return "tokens";
         case Selection::kBlocks:

@@ -31,10 +31,11 @@ const char* stage_name(Stage stage);
 // What decides which keys outside anchors and window are attended.
 enum class Selection : int32_t {
     kCovered = 0,  // the budget reaches every key: attend to all of them
-    kTokens = 1,   // single keys per query and head
-    kBlocks = 2,   // one list of blocks per tile
-    kGiven = 3,    // lists from the caller
-    kNone = 4,     // nothing is selected: topk is 0, or the stage does not select
+    kDense = 1,    // attend to all of them, since selecting would not be faster
+    kTokens = 2,   // single keys per query and head
+    kBlocks = 3,   // one list of blocks per tile
+    kGiven = 4,    // lists from the caller
+    kNone = 5,     // nothing is selected: topk is 0, or the stage does not select
 };
 const char* selection_name(Selection selection);
 

@@ -141,7 +141,7 @@ void attend(Call& call, const Details& details) {
     // Before the composition changes ranges or sizes scratch by them.
     check_status(validate(call.attention));
     const Problem& p = call.attention.problem;
-    if (budget_covers(p.ranges(), call.topk, call.selector))
+    if (attends_everything(p.ranges(), p.query_len, call.topk, call.selector))
         return attend_everything(call, details);
     if (call.selector == Selector::kExact) return attend_selected_tokens(call, details);
     return attend_selected_blocks(call, details);

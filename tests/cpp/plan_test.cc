@@ -196,6 +196,28 @@ TEST(Plan, SelectionFollowsTheBudget) {
               Selection::kNone);
 }
 
+TEST(Plan, AttendsToEverythingWhereThatIsFaster) {
+    PlanRequest request = request_of(Stage::kAttention, DType::kBFloat16);
+    auto selection_at = [&](int64_t query_len, int64_t kv_len) {
+        request.problem.query_len = query_len;
+        request.problem.kv_len = kv_len;
+        return plan_of(request, {}).selection;
+    };
+    // 2048 keys a row; an average row of a causal prefill sees half of them.
+    EXPECT_EQ(selection_at(5120, 5120), Selection::kDense);
+    EXPECT_EQ(selection_at(5121, 5121), Selection::kBlocks);
+    EXPECT_EQ(selection_at(1, 2560), Selection::kDense);
+    EXPECT_EQ(selection_at(1, 2561), Selection::kBlocks);
+    request.topk = 128;
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kDense);
+    EXPECT_EQ(selection_at(1023, 1023), Selection::kBlocks);
+    request.problem.causal = false;  // 704 keys, and every row sees all
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kBlocks);
+    request.problem.causal = true;
+    request.selector = Selector::kExact;
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kTokens);
+}
+
 TEST(Plan, PrintsOneLine) {
     EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16),
                                 hopper_with_its_kernels())),
