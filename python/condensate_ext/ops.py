@@ -58,7 +58,7 @@ def attention(
     and ``topk`` further keys, each key once. A budget that reaches every key gives dense attention,
     and so do the block selectors from 1,024 keys on where selecting would not be faster: where an
     average query sees at most 5/4 of the keys that it would attend (in a causal prefill, up to 2.5
-    times the budget). ``plan`` says what a call does.
+    times the budget). ``last_plan`` says what a call did.
 
     Args:
         query: ``[B, Hq, Lq, D]``.
