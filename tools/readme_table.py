@@ -45,7 +45,7 @@ def where_dense_wins(records: list[Record]) -> str:
     if not slower:
         shortest = min(r["n"] for r in records)
         return f"Dense attention was slower in every case measured, from {shortest:,} tokens on."
-    return f"**Dense attention wins** at {', '.join(slower)}: use it there."
+    return f"**Torch's dense attention wins** at {', '.join(slower)}."
 
 
 def lists_given(records: list[Record]) -> str:
@@ -63,9 +63,10 @@ def prefill_table(document: Record) -> str:
     rows = [
         [
             f"{r['n']:,}, H{r['heads']} KV{r['kv_heads']} d{r['head_dim']} {r['dtype']}",
-            f"{r['budget']:,}",
+            f"{r['budget']:,}" if r["selection"] == "blocks" else "all",
             milliseconds(r["total_ms"]),
-            milliseconds(r["select_ms"]),
+            milliseconds(r["support_ms"]),
+            milliseconds(r["select_ms"]) if r["selection"] == "blocks" else "-",
             f"{milliseconds(r['peer_ms'])} ({r['peer'].removeprefix('sdpa_')})",
             f"{r['speedup']:.1f}x",
             f"{r['memory_percent']:.0f} %",
@@ -73,7 +74,8 @@ def prefill_table(document: Record) -> str:
         for r in records
     ]
     header = [
-        "tokens, shape", "keys per query", "`attention()` ms", "of it selection",
+        "tokens, shape", "keys per query", "`attention()` ms", "without far field",
+        "of it selection",
         "torch's best dense ms", "speed-up", "memory, of K and V",
     ]  # fmt: skip
     title = caption(document, "Causal prefill, batch 1, selection included")
