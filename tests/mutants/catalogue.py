@@ -78,7 +78,7 @@ CPU = (
         "block_skipped",
         "cpu/attention.cc",
         "if (cover == BlockCover::kNone && !has_threshold()) return;",
-        "if ((cover == BlockCover::kNone && !has_threshold()) || step.block == 2) return;",
+        "if ((cover == BlockCover::kNone && !has_threshold()) || block == 2) return;",
         EDGES,
     ),
     Mutant(
@@ -91,8 +91,10 @@ CPU = (
     Mutant(
         "scale_off_by_a_thousandth",
         "cpu/attention.cc",
-        "panels, p_.scale, s_.scores)",
-        "panels, p_.scale * 1.001f, s_.scores)",
+        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);\n"
+        "        if",
+        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale * 1.001f, s_.scores);\n"
+        "        if",
         TILES,
     ),
     Mutant(
