@@ -91,8 +91,7 @@ CPU = (
     Mutant(
         "scale_off_by_a_thousandth",
         "cpu/attention.cc",
-        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);\n"
-        "        if",
+        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);\n        if",
         "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale * 1.001f, s_.scores);\n"
         "        if",
         TILES,

@@ -130,7 +130,7 @@ def from_seed(seed: int, device: str) -> Case:
     tight = not given and rng.random() < 0.75
     far_field = selector != "exact" and rng.random() < 0.5
     # Above 128 blocks the pools of the far field hold more than one.
-    deep = far_field and rng.random() < 0.3
+    deep = far_field and rng.random() < 0.15
     # Above 64 eligible blocks the scan of `block` has a shortlist to make.
     long = tight and selector == "block" and rng.random() < 0.5
     group = rng.choice([1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16, 32, 64])

@@ -1,4 +1,4 @@
-"""Marker probe: with V one-hot at chosen keys, an output shows whether its key counted, and how much.
+"""Marker probe: with V one-hot at chosen keys, an output shows how much its key counted.
 
 A tolerance can hide one dropped key among thousands; this cannot.
 """
