@@ -44,6 +44,7 @@ def policy(keys: int, selector: str) -> Policy:
         "anchors": ANCHORS,
         "topk": keys - WINDOW - ANCHORS,
         "selector": selector,
+        "far_field": False,  # as README's table says
     }
 
 
