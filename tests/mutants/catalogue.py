@@ -24,7 +24,7 @@ SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
-FAR_POOLS = "test_far_field.py pool_borders and 0-129"
+FAR_POOLS = "test_far_field.py pool_borders and 0-130"
 FAR_REFERENCE = "test_far_field.py edges_on_every_path and 64-2-1"
 
 CPU = (
