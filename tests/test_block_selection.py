@@ -53,7 +53,7 @@ def _check_estimate(case: Case, scores: selection.Scores, chosen: torch.Tensor) 
     """The estimate of the whole op, which makes the same lists."""
     query, key, value = scores.query, case.tensors()[1], case.tensors()[2]
     estimate = ops.attention_forward(
-        query, key, value, topk=case.topk, selector=case.selector, **case.range_args
+        query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
     )[2]
     selection.check_estimate(scores, estimate, chosen, case.topk // 64)
 
@@ -239,7 +239,7 @@ def test_keys_that_are_not_finite(device, seed, selector, bad, blocks, causal):
         expected, certain = selection.expected_choice(scores, 4)
         assert torch.equal(chosen[certain], expected[certain])
         estimate = ops.attention_forward(
-            query, key, value, topk=case.topk, selector=selector, **case.range_args
+            query, key, value, topk=case.topk, selector=selector, **case.attention_args
         )[2]
         assert ((estimate >= 0) & (estimate <= 1)).all()
 

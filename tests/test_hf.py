@@ -47,6 +47,13 @@ def test_small_budget_changes_late_tokens_and_keeps_those_it_covers(model, ids, 
     assert (ours[:, 300:] - dense[:, 300:]).abs().max() > 1e-2
 
 
+def test_the_far_field_is_on_unless_the_policy_says_otherwise(model, ids):
+    on, off = (logits(model, ids, {**SMALL, "far_field": value}) for value in (True, False))
+    assert torch.equal(logits(model, ids, SMALL), on) and not torch.equal(on, off)
+    with pytest.raises(ValueError, match="far_field is True"):
+        logits(model, ids, {**SMALL, "selector": "exact", "far_field": True})
+
+
 @torch.no_grad()
 def test_exact_prefill_does_not_depend_on_how_it_is_cut(model, ids):
     policy = {**SMALL, "selector": "exact"}

@@ -78,7 +78,7 @@ def prefill_table(document: Record) -> str:
         "of it selection",
         "torch's best dense ms", "speed-up", "memory, of K and V",
     ]  # fmt: skip
-    title = caption(document, "Causal prefill, batch 1, selection included")
+    title = caption(document, "Causal prefill, batch 1, selection included, no far field")
     notes = f"{where_dense_wins(records)} {lists_given(records)}"
     return f"{title}\n\n{markdown(header, rows)}\n\n{notes}"
 

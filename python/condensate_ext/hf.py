@@ -145,8 +145,9 @@ def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
 
     Args:
         model: a transformers model that supports ``set_attn_implementation``, in eval mode.
-        policy: ``window``, ``anchors``, ``topk``, ``selector`` and further keyword arguments of
-            :func:`condensate_ext.attention`, except ``causal`` and ``scale``, which the model sets.
+        policy: ``window``, ``anchors``, ``topk``, ``selector``, ``far_field`` and further keyword
+            arguments of :func:`condensate_ext.attention`, except ``causal`` and ``scale``, which
+            the model sets.
 
     Raises:
         TypeError: ``causal`` or ``scale`` was given.
