@@ -2,8 +2,6 @@
 // step with its values, the warps turn the next step's scores into weights.
 #pragma once
 
-#include <cfloat>
-
 #include "device/pack.h"
 #include "device/row_mask.h"
 #include "device/smem_tile.h"
@@ -33,7 +31,7 @@ class Consumer {
           params_(params),
           maps_(maps),
           ranges_(params.problem.ranges()),
-          scale_log2_(fmaxf(fabsf(params.problem.scale) * device::kLog2E, FLT_MIN)),
+          scale_log2_(device::exponent_scale(params.problem.scale)),
           warpgroup_(static_cast<int>(threadIdx.x) / 128) {}
 
     __device__ void tile(const device::TileRows& tile) {
