@@ -11,39 +11,52 @@
 #include "condensate/far_field.h"
 #include "condensate/params.h"
 #include "device/pack.h"
+#include "device/softmax.h"
 #include "device/tile_walk.h"
 
 namespace condensate::device {
 
-// The pools of one tile. Blocks fit int as in BlockWalk.
-struct FarTile {
-    int64_t kv_len;
+// The pools of all keys. Blocks fit int as in BlockWalk.
+struct FarShape {
     int blocks;     // of all keys
-    int end;        // blocks that every row sees: far_end()
+    int missing;    // keys that the last one lacks
     int log2_pool;  // blocks of a pool
 
-    __device__ FarTile(const Ranges& ranges, TileSpan span, int log2_pool_blocks)
-        : kv_len(ranges.kv_len),
-          blocks(static_cast<int>(num_blocks(ranges.kv_len))),
-          end(static_cast<int>(far_end(ranges, span))),
-          log2_pool(log2_pool_blocks) {}
+    static CONDENSATE_HOST_DEVICE FarShape of(int64_t kv_len) {
+        const int64_t blocks = num_blocks(kv_len), pool = far_pool_blocks(kv_len);
+        int log2_pool = 0;
+        while (int64_t{1} << log2_pool < pool) ++log2_pool;
+        return {static_cast<int>(blocks), static_cast<int>(blocks * kBlockKeys - kv_len),
+                log2_pool};
+    }
+};
 
-    // Pools with a block below `end`.
+// The pools of one tile.
+struct FarTile : FarShape {
+    int end;  // blocks that every row sees: far_end()
+
+    __device__ FarTile(const FarShape& shape, const Ranges& ranges, TileSpan span)
+        : FarShape(shape), end(static_cast<int>(far_end(ranges, span))) {}
+
+    // Pools of all keys, and those with a block below `end`.
+    __device__ int all_pools() const { return (blocks + (1 << log2_pool) - 1) >> log2_pool; }
     __device__ int pools() const { return (end + (1 << log2_pool) - 1) >> log2_pool; }
     __device__ int first_block(int pool) const { return pool << log2_pool; }
     __device__ int end_block(int pool) const { return min((pool + 1) << log2_pool, end); }
     __device__ bool is_cut(int pool) const { return end < min((pool + 1) << log2_pool, blocks); }
-    // Keys of blocks [first, last).
-    __device__ int keys(int first, int last) const {
-        return static_cast<int>(min_i64(int64_t{last} * kBlockKeys, kv_len) -
-                                int64_t{first} * kBlockKeys);
+
+    // Keys of blocks [first, last), of which there is at least one.
+    __device__ int64_t keys(int first, int last) const {
+        return int64_t{last - first} * kBlockKeys - (last == blocks ? missing : 0);
     }
-    __device__ int keys(int block) const { return keys(block, block + 1); }
-    __device__ int pool_keys(int pool) const { return keys(first_block(pool), end_block(pool)); }
+    __device__ int block_keys(int block) const {
+        return kBlockKeys - (block == blocks - 1 ? missing : 0);
+    }
+    __device__ int pool_keys(int pool) const {
+        return static_cast<int>(keys(first_block(pool), end_block(pool)));
+    }
     // Keys below `end`, walked or not.
-    __device__ int64_t all_keys() const {
-        return end > 0 ? min_i64(int64_t{end} * kBlockKeys, kv_len) : 0;
-    }
+    __device__ int64_t all_keys() const { return end > 0 ? keys(0, end) : 0; }
 
     // The first pool after `previous` whose row is not its premade mean, pools() when there is
     // none. The walk stands on its first block behind `previous`.
@@ -54,13 +67,10 @@ struct FarTile {
     }
 };
 
-__device__ __forceinline__ int far_log2_pool(int64_t kv_len) {
-    return 63 - __clzll(far_pool_blocks(kv_len));
-}
-
 // log2 of a pooled row's weight in units of raw scores, -inf for a row that is not there.
-__device__ __forceinline__ float far_bias(int keys, float scale_log2) {
-    return keys > 0 ? log2f(static_cast<float>(keys)) / scale_log2 : -INFINITY;
+__device__ __forceinline__ float far_bias(int keys, float scale) {
+    return keys > 0 ? __fdividef(log2f(static_cast<float>(keys)), exponent_scale(scale))
+                    : -INFINITY;
 }
 __device__ __forceinline__ float add_far_bias(float score, float bias) {
     return bias == -INFINITY ? bias : score + bias;  // also where the score is NaN
@@ -68,50 +78,59 @@ __device__ __forceinline__ float add_far_bias(float score, float bias) {
 
 // Where a head's pools begin in FarPoolsParams' sums and means: `which` is 0 for keys, 1 for
 // values.
-__device__ __forceinline__ int64_t far_pools_offset(const Problem& p, int which, int64_t head) {
-    return (which * p.batch * p.kv_heads + head) * num_far_pools(p.kv_len) * p.head_dim;
+__device__ __forceinline__ int64_t far_pools_offset(const Problem& p, const FarTile& far, int which,
+                                                    int head) {
+    return (which * p.batch * p.kv_heads + head) * far.all_pools() * p.head_dim;
 }
 
-// Eight channels of a head's key or value means, 16 bytes a block.
-template <class T>
+// kElems consecutive channels of a head's key or value means, read as one.
+template <class T, int kElems_>
 struct WideChannels {
-    static constexpr int kElems = 8;
+    static constexpr int kElems = kElems_;
+    static constexpr int kPairs = kElems / 2;
+    static constexpr int kInFlight = 2;  // loads of a lane
+    struct alignas(2 * kElems) Packed {
+        uint32_t pair[kPairs];
+    };
+    struct alignas(kElems < 4 ? 8 : 16) Floats {
+        float elem[kElems];
+    };
+
     const T* means;     // of block 0
     const float* sums;  // of pool 0
-    int64_t stride_block;
+    int stride_block;   // elements; a block's summaries are few
     int head_dim;
 
-    __device__ WideChannels(const AttentionParams& params, const TileRows& tile, int which,
-                            int chunk) {
+    __device__ WideChannels(const AttentionParams& params, const FarTile& far, int head, int which,
+                            int part) {
         const Problem& p = params.problem;
         const BlockMeans& blocks = which == 0 ? params.far_field.key : params.far_field.value;
-        const int64_t head = tile.batch * p.kv_heads + tile.kv_head;
-        means = static_cast<const T*>(blocks.data) + head * blocks.stride_head + chunk * kElems;
-        stride_block = blocks.stride_block;
-        sums = params.far_field.sums + far_pools_offset(p, which, head) + chunk * kElems;
+        means = static_cast<const T*>(blocks.data) + head * blocks.stride_head + part * kElems;
+        stride_block = static_cast<int>(blocks.stride_block);
+        sums = params.far_field.sums + far_pools_offset(p, far, which, head) + part * kElems;
         head_dim = static_cast<int>(p.head_dim);
     }
 
     // sum += keys * the block's mean.
     __device__ __forceinline__ void add(float (&sum)[kElems], int block, int keys) const {
-        uint4 mean = __ldg(reinterpret_cast<const uint4*>(means + block * stride_block));
-        const uint32_t pairs[4] = {mean.x, mean.y, mean.z, mean.w};
+        const Packed mean = *reinterpret_cast<const Packed*>(means + int64_t{block} * stride_block);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2 pair = unpack2<T>(pairs[i]);
+        for (int i = 0; i < kPairs; ++i) {
+            float2 pair = unpack2<T>(mean.pair[i]);
             sum[2 * i] = fmaf(static_cast<float>(keys), pair.x, sum[2 * i]);
             sum[2 * i + 1] = fmaf(static_cast<float>(keys), pair.y, sum[2 * i + 1]);
         }
     }
     __device__ __forceinline__ void load_sum(float (&sum)[kElems], int pool) const {
-        const float4* src = reinterpret_cast<const float4*>(sums + int64_t{pool} * head_dim);
-        float4 low = __ldg(src), high = __ldg(src + 1);
-        sum[0] = low.x, sum[1] = low.y, sum[2] = low.z, sum[3] = low.w;
-        sum[4] = high.x, sum[5] = high.y, sum[6] = high.z, sum[7] = high.w;
+        const Floats of_pool = *reinterpret_cast<const Floats*>(sums + int64_t{pool} * head_dim);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) sum[e] = of_pool.elem[e];
     }
-    __device__ static uint4 round(const float (&mean)[kElems]) {
-        return {pack2<T>(mean[0], mean[1]), pack2<T>(mean[2], mean[3]), pack2<T>(mean[4], mean[5]),
-                pack2<T>(mean[6], mean[7])};
+    __device__ static Packed round(const float (&mean)[kElems]) {
+        Packed packed;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) packed.pair[i] = pack2<T>(mean[2 * i], mean[2 * i + 1]);
+        return packed;
     }
 };
 
@@ -120,22 +139,21 @@ struct WideChannels {
 template <class Channels>
 __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
-                                             WalkCursor& walked) {
+                                             WarpWalk& walked) {
 #pragma unroll
     for (int e = 0; e < Channels::kElems; ++e) sum[e] = 0.0f;
-    int keys = 0;
+    int keys = far.pool_keys(pool);
     int block = far.first_block(pool);
     const int end = far.end_block(pool);
-    while (block < end) {
+    while (true) {
         const int run_end = min(walked.block, end);
-        keys += block < run_end ? far.keys(block, run_end) : 0;
-#pragma unroll 4
-        for (; block < run_end; ++block) channels.add(sum, block, far.keys(block));
-        if (walked.block >= end) break;
-        walked.next();
+#pragma unroll Channels::kInFlight
+        for (; block < run_end; ++block) channels.add(sum, block, far.block_keys(block));
+        if (walked.block >= end) return keys;
+        keys -= far.block_keys(block);
         ++block;
+        walked.next();
     }
-    return keys;
 }
 
 // sum = the premade sum of a whole pool less the walked blocks. Returns the keys that are left. The
@@ -143,42 +161,44 @@ __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
 template <class Channels>
 __device__ __forceinline__ int subtract_walked(float (&sum)[Channels::kElems],
                                                const Channels& channels, const FarTile& far,
-                                               int pool, WalkCursor& walked) {
+                                               int pool, WarpWalk& walked) {
     channels.load_sum(sum, pool);
     int keys = far.pool_keys(pool);
     for (; walked.block < far.end_block(pool); walked.next()) {
-        const int block_keys = far.keys(walked.block);
+        const int block_keys = far.block_keys(walked.block);
         channels.add(sum, walked.block, -block_keys);
         keys -= block_keys;
     }
     return keys;
 }
 
+template <int kElems>
+__device__ __forceinline__ bool all_finite(const float (&x)[kElems]) {
+    bool finite = true;
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) finite &= fabsf(x[e]) < INFINITY;
+    return finite;
+}
+
 // mean = the pool's mean over its condensed keys, zeros where there are none. Returns their number.
-// The walk passes the pool; restart() makes a new one.
-template <class Channels, class Restart>
+// The walk passes the pool. All lanes of a warp call it with the same pool.
+template <class Channels>
 __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
-                                             WalkCursor& walked, const Restart& restart) {
-    int keys;
-    if (far.is_cut(pool)) {
-        keys = add_condensed(mean, channels, far, pool, walked);
-    } else {
-        keys = subtract_walked(mean, channels, far, pool, walked);
-        bool finite = true;
+                                             WarpWalk& walked, WalkSmem& walk_smem) {
+    const bool cut = far.is_cut(pool);
+    int keys = cut ? add_condensed(mean, channels, far, pool, walked)
+                   : subtract_walked(mean, channels, far, pool, walked);
+    if (!cut && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
+        float added[Channels::kElems];
+        WarpWalk again(walk_smem);
+        again.skip_to(far.first_block(pool));
+        add_condensed(added, channels, far, pool, again);
 #pragma unroll
-        for (int e = 0; e < Channels::kElems; ++e) finite &= fabsf(mean[e]) < INFINITY;
-        if (!finite && keys > 0) {
-            float added[Channels::kElems];
-            WalkCursor again(restart());
-            again.skip_to(far.first_block(pool));
-            add_condensed(added, channels, far, pool, again);
-#pragma unroll
-            for (int e = 0; e < Channels::kElems; ++e)
-                mean[e] = fabsf(mean[e]) < INFINITY ? mean[e] : added[e];
-        }
+        for (int e = 0; e < Channels::kElems; ++e)
+            mean[e] = fabsf(mean[e]) < INFINITY ? mean[e] : added[e];
     }
-    const float inverse = 1.0f / static_cast<float>(keys);
+    const float inverse = __fdividef(1.0f, static_cast<float>(keys));
 #pragma unroll
     for (int e = 0; e < Channels::kElems; ++e) mean[e] = keys > 0 ? mean[e] * inverse : 0.0f;
     return keys;
@@ -186,17 +206,17 @@ __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
 
 // Visits the pools whose rows are not premade, ascending, with their ordinal: of those that
 // wanted(pool, ordinal) the row is made and given to body(pool, ordinal, keys, mean). Returns how
-// many pools there are.
-template <class Channels, class Restart, class Wanted, class Body>
+// many pools there are. All lanes of a warp call it, with the warp's own walk.
+template <class Channels, class Wanted, class Body>
 __device__ __forceinline__ int for_changed_pools(const FarTile& far, const Channels& channels,
-                                                 const Restart& restart, const Wanted& wanted,
+                                                 WalkSmem& walk_smem, const Wanted& wanted,
                                                  const Body& body) {
-    WalkCursor walked(restart());
+    WarpWalk walked(walk_smem);
     int ordinal = 0;
     for (int pool = far.next_changed(-1, walked.block); pool < far.pools(); ++ordinal) {
         if (wanted(pool, ordinal)) {
             float mean[Channels::kElems];
-            int keys = condense_pool(mean, channels, far, pool, walked, restart);
+            int keys = condense_pool(mean, channels, far, pool, walked, walk_smem);
             body(pool, ordinal, keys, mean);
         } else {
             walked.skip_to(far.end_block(pool));

@@ -7,13 +7,12 @@
 
 namespace condensate::kernels::sm80 {
 
-// Every pool's bias as if nothing of it were walked. A thread for each pool.
+// Every pool's bias as if nothing of it were walked, a thread for each pool.
 template <class Traits>
 __device__ __forceinline__ void set_far_bias(typename Traits::Smem& smem,
-                                             const device::FarTile& far, float scale_log2) {
+                                             const device::FarTile& far, float scale) {
     const int pool = static_cast<int>(threadIdx.x);
-    smem.far_bias[pool] =
-        device::far_bias(pool < far.pools() ? far.pool_keys(pool) : 0, scale_log2);
+    smem.far_bias[pool] = device::far_bias(pool < far.pools() ? far.pool_keys(pool) : 0, scale);
 }
 
 // Copies the premade rows from pool `first` on, as many as the stages hold. Rows past the tile's
@@ -25,16 +24,16 @@ __device__ __forceinline__ void load_far_means(typename Traits::Smem& smem,
                                                const device::FarTile& far, int first) {
     using T = typename Traits::T;
     const Problem& p = params.problem;
-    const int64_t head = tile.batch * p.kv_heads + tile.kv_head;
+    const int head = tile.flat_kv_head(p);
     const int head_dim = static_cast<int>(p.head_dim);
     const T* means = static_cast<const T*>(params.far_field.means);
     for (int stage = 0; stage < Traits::kStages; ++stage, first += Traits::kStepKeys) {
         const T* rows = means + first * p.head_dim;
         device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.k[stage]), rows + device::far_pools_offset(p, 0, head),
+            ptx::smem_address(smem.k[stage]), rows + device::far_pools_offset(p, far, 0, head),
             p.head_dim, far.pools() - first, head_dim);
         device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.v[stage]), rows + device::far_pools_offset(p, 1, head),
+            ptx::smem_address(smem.v[stage]), rows + device::far_pools_offset(p, far, 1, head),
             p.head_dim, far.pools() - first, head_dim);
     }
     ptx::cp_async_commit();
@@ -45,21 +44,23 @@ __device__ __forceinline__ void load_far_means(typename Traits::Smem& smem,
 // eight channels of a key or value row.
 template <class Traits>
 __device__ __forceinline__ void change_far_rows(typename Traits::Smem& smem,
-                                                const AttentionParams& params,
-                                                const device::TileRows& tile,
-                                                const device::FarTile& far, int first,
-                                                float scale_log2) {
+                                                const AttentionParams& params, int head,
+                                                const device::FarTile& far, int first) {
     using T = typename Traits::T;
+    using Packed = typename device::WideChannels<T, 8>::Packed;
     constexpr int kChunks = Traits::kDim / 8;
+    const Problem& p = params.problem;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) & 31;
 #pragma unroll 1
-    for (int item = lane; item < 2 * kChunks; item += 32) {
-        const int which = item / kChunks, chunk = item % kChunks;
-        if (chunk * 8 >= params.problem.head_dim) continue;
-        const device::WideChannels<T> channels(params, tile, which, chunk);
+    for (int part = 0; part < 2 * kChunks; part += 32) {
+        const int which = (part + lane) / kChunks, chunk = (part + lane) % kChunks;
+        // Lanes without channels follow, too.
+        const bool owns = which < 2 && chunk * 8 < p.head_dim;
+        const device::WideChannels<T, 8> channels(params, far, head, owns ? which : 0,
+                                                  owns ? chunk : 0);
         char* rows_smem = reinterpret_cast<char*>(which == 0 ? smem.k : smem.v);
         device::for_changed_pools(
-            far, channels, [&] { return device::tile_walk(params, tile); },
+            far, channels, smem.walks[warp],
             [&](int pool, int ordinal) {
                 return ordinal % Traits::kWarps == warp && pool >= first &&
                        pool < first + Traits::kFarRound;
@@ -67,8 +68,8 @@ __device__ __forceinline__ void change_far_rows(typename Traits::Smem& smem,
             [&](int pool, int /*ordinal*/, int keys, const float (&mean)[8]) {
                 // The stages lie side by side, so their rows count on.
                 const uint32_t at = device::tile_offset<Traits::kDim>(pool - first, chunk);
-                *reinterpret_cast<uint4*>(rows_smem + at) = channels.round(mean);
-                if (item == 0) smem.far_bias[pool] = device::far_bias(keys, scale_log2);
+                if (owns) *reinterpret_cast<Packed*>(rows_smem + at) = channels.round(mean);
+                if (lane == 0) smem.far_bias[pool] = device::far_bias(keys, p.scale);
             });
     }
 }
@@ -82,13 +83,15 @@ __device__ __noinline__ int make_far_rows(typename Traits::Smem& smem,
                                           int first) {
     const device::TileRows tile = device::TileRows::from_index(params.problem, tile_index);
     const Ranges ranges = params.problem.ranges();
-    const device::FarTile far(ranges, tile.span(), device::far_log2_pool(ranges.kv_len));
-    const float scale_log2 = device::exponent_scale(params.problem.scale);
+    const device::FarTile far(device::FarShape::of(ranges.kv_len), ranges, tile.span());
     if (first >= far.pools()) return 0;
-    if (first == 0) set_far_bias<Traits>(smem, far, scale_log2);
+    if (first == 0) {
+        set_far_bias<Traits>(smem, far, params.problem.scale);
+        smem.walks[threadIdx.x / 32].set(params, tile);
+    }
     load_far_means<Traits>(smem, params, tile, far, first);
     __syncthreads();  // premade rows and their bias are there
-    change_far_rows<Traits>(smem, params, tile, far, first, scale_log2);
+    change_far_rows<Traits>(smem, params, tile.flat_kv_head(params.problem), far, first);
     __syncthreads();  // so are the others
     return __syncthreads_or(smem.far_bias[threadIdx.x] != -INFINITY) ? far.pools() : 0;
 }

@@ -1,17 +1,18 @@
 // Shapes and shared memory of the mma.sync attention kernel.
 #pragma once
 
-#include "condensate/far_field.h"
+#include "device/far_rows.h"
 #include "device/smem_tile.h"
 
 namespace condensate::kernels::sm80 {
 
-// Rows that exist with the far field only.
-template <bool kFar>
+// Shared memory of the far field.
+template <bool kFar, int kWarps>
 struct FarSmem {};
-template <>
-struct FarSmem<true> {
+template <int kWarps>
+struct FarSmem<true, kWarps> {
     float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
+    device::WalkSmem walks[kWarps];
 };
 
 // The far field is a template parameter because its code in the loop costs registers, of which
@@ -34,7 +35,7 @@ struct AttentionTraits {
     static constexpr int kNTiles = kStepKeys / 8;  // 8-key score tiles of a step
     static constexpr int kDTiles = kDim / 8;       // 8-channel output tiles
 
-    struct alignas(128) Smem : FarSmem<kFar> {
+    struct alignas(128) Smem : FarSmem<kFar, kWarps> {
         T q[kRows * kDim];  // reused for the output
         T k[kStages][kStepKeys * kDim];
         T v[kStages][kStepKeys * kDim];
