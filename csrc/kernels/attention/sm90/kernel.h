@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if constexpr (Traits::kFar) {
             if (threadIdx.x >= 32 * (Traits::kConsumerWarps + 1)) {
                 FarRows<Traits> rows(smem, params, maps);
-                for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x)
-                    rows.tile(device::TileRows::from_index(params.problem, i));
+                schedule.for_each(params.problem,
+                                  [&](const device::TileRows& tile) { rows.tile(tile); });
                 return;
             }
         }
