@@ -118,9 +118,11 @@ class Consumer {
     // Lets the far field's warps write where the last tile's output was.
     __device__ void release_out() {
         if constexpr (Traits::kFar) {
-            if (threadIdx.x % 128 != 0) return;
-            ptx::tensor_store_wait_read();
-            ptx::mbarrier_arrive(ptx::smem_address(&smem_.out_free));
+            if (threadIdx.x % 128 == 0) {
+                ptx::tensor_store_wait_read();
+                ptx::mbarrier_arrive(ptx::smem_address(&smem_.out_free));
+            }
+            __syncwarp();
         }
     }
     // Keeps this warpgroup from running ahead of the far field's warps.

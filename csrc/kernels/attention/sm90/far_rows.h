@@ -36,15 +36,8 @@ class FarRows {
         set_bias(far);
         const int changed = make_rows(far);
         for (int first = 0; first < far.pools(); first += Traits::kStepKeys) {
-            const int step = first / Traits::kStepKeys;
-            const int k = steps_ % Traits::kKeyStages, v = steps_ % Traits::kValueStages;
-            await(&smem_.far_loaded_k[step], 2 << 2 * step);
-            replace_rows(far, 0, first, changed, smem_.k[k]);
-            release(&smem_.k_full[k]);
-            await(&smem_.far_loaded_v[step], 4 << 2 * step);
-            replace_rows(far, 1, first, changed, smem_.v[v]);
-            clear_rows(far.pools() - first, smem_.v[v]);
-            release(&smem_.v_full[v]);
+#pragma unroll 1
+            for (int which = 0; which < 2; ++which) fill_stage(far, which, first, changed);
             pass_steps(1);
         }
     }
@@ -59,6 +52,18 @@ class FarRows {
 
     __device__ void pass_steps(int steps) {
         steps_ = (steps_ + steps) % (Traits::kKeyStages * Traits::kValueStages);
+    }
+
+    // Makes the rows of a far step's K (`which` 0) or V stage what they should be.
+    __device__ void fill_stage(const device::FarTile& far, int which, int first, int changed) {
+        const int step = first / Traits::kStepKeys;
+        const int k = steps_ % Traits::kKeyStages, v = steps_ % Traits::kValueStages;
+        await(which == 0 ? &smem_.far_loaded_k[step] : &smem_.far_loaded_v[step],
+              2u << (2 * step + which));
+        Panels& rows = which == 0 ? smem_.k[k] : smem_.v[v];
+        replace_rows(far, which, first, changed, rows);
+        if (which == 1) clear_rows(far.pools() - first, rows);
+        release(which == 0 ? &smem_.k_full[k] : &smem_.v_full[v]);
     }
 
     // Passes the stages that the tile's blocks use. Returns whether they leave any to condense.
