@@ -136,10 +136,10 @@ struct WideChannels {
 
 // sum = the pool's blocks below far_end that are not walked, one by one. Returns their keys. The
 // walk passes the pool.
-template <class Channels>
+template <class Channels, class Walk>
 __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
-                                             WarpWalk& walked) {
+                                             Walk& walked) {
 #pragma unroll
     for (int e = 0; e < Channels::kElems; ++e) sum[e] = 0.0f;
     int keys = far.pool_keys(pool);
@@ -158,10 +158,10 @@ __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
 
 // sum = the premade sum of a whole pool less the walked blocks. Returns the keys that are left. The
 // walk passes the pool.
-template <class Channels>
+template <class Channels, class Walk>
 __device__ __forceinline__ int subtract_walked(float (&sum)[Channels::kElems],
                                                const Channels& channels, const FarTile& far,
-                                               int pool, WarpWalk& walked) {
+                                               int pool, Walk& walked) {
     channels.load_sum(sum, pool);
     int keys = far.pool_keys(pool);
     for (; walked.block < far.end_block(pool); walked.next()) {
@@ -182,16 +182,16 @@ __device__ __forceinline__ bool all_finite(const float (&x)[kElems]) {
 
 // mean = the pool's mean over its condensed keys, zeros where there are none. Returns their number.
 // The walk passes the pool. All lanes of a warp call it with the same pool.
-template <class Channels>
+template <class Channels, class Walk>
 __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
-                                             WarpWalk& walked, WalkSmem& walk_smem) {
+                                             Walk& walked) {
     const bool cut = far.is_cut(pool);
     int keys = cut ? add_condensed(mean, channels, far, pool, walked)
                    : subtract_walked(mean, channels, far, pool, walked);
     if (!cut && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
         float added[Channels::kElems];
-        WarpWalk again(walk_smem);
+        Walk again = walked.again();
         again.skip_to(far.first_block(pool));
         add_condensed(added, channels, far, pool, again);
 #pragma unroll
@@ -206,17 +206,16 @@ __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
 
 // Visits the pools whose rows are not premade, ascending, with their ordinal: of those that
 // wanted(pool, ordinal) the row is made and given to body(pool, ordinal, keys, mean). Returns how
-// many pools there are. All lanes of a warp call it, with the warp's own walk.
-template <class Channels, class Wanted, class Body>
+// many pools there are. All lanes of a warp call it, with the warp's walk at its beginning.
+template <class Channels, class Walk, class Wanted, class Body>
 __device__ __forceinline__ int for_changed_pools(const FarTile& far, const Channels& channels,
-                                                 WalkSmem& walk_smem, const Wanted& wanted,
+                                                 Walk walked, const Wanted& wanted,
                                                  const Body& body) {
-    WarpWalk walked(walk_smem);
     int ordinal = 0;
     for (int pool = far.next_changed(-1, walked.block); pool < far.pools(); ++ordinal) {
         if (wanted(pool, ordinal)) {
             float mean[Channels::kElems];
-            int keys = condense_pool(mean, channels, far, pool, walked, walk_smem);
+            int keys = condense_pool(mean, channels, far, pool, walked);
             body(pool, ordinal, keys, mean);
         } else {
             walked.skip_to(far.end_block(pool));

@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
     }
     if (has_far) {
         const device::FarTile far(device::FarShape::of(problem.kv_len), ranges, span);
-        smem.far.walks[threadIdx.x / 32].set(params, cta.tile);
+        if (threadIdx.x == 0) smem.far.walk.set(params, cta.tile);
+        __syncthreads();  // all see it
         for (int first = 0; first < far.pools(); first += kTileKeys)
             attend_pools<T, kDim>(states, smem, params, cta.tile.flat_kv_head(problem), far, first);
     }

@@ -9,7 +9,7 @@ namespace condensate::kernels::simt {
 
 struct FarSmem {
     int keys[kTileKeys];  // that a staged row stands for
-    device::WalkSmem walks[kWarps];
+    device::WalkSmem<kWarps, 64> walk;
 };
 
 // A lane's channels of a head's key or value means: lane + 32 c.
@@ -88,7 +88,7 @@ __device__ __forceinline__ void stage_pools(float* tile_smem, FarSmem& smem,
         if (lane.lane == 0 && which == 0) smem.keys[row] = exists ? far.pool_keys(first + row) : 0;
     }
     device::for_changed_pools(
-        far, channels, smem.walks[lane.warp],
+        far, channels, device::WarpWalk(smem.walk),
         [&](int pool, int) {
             const int row = pool - first;
             return row >= 0 && row < kTileKeys && row % kWarps == lane.warp;

@@ -60,7 +60,7 @@ __device__ __forceinline__ void change_far_rows(typename Traits::Smem& smem,
                                                   owns ? chunk : 0);
         char* rows_smem = reinterpret_cast<char*>(which == 0 ? smem.k : smem.v);
         device::for_changed_pools(
-            far, channels, smem.walks[warp],
+            far, channels, device::WarpWalk(smem.walk),
             [&](int pool, int ordinal) {
                 return ordinal % Traits::kWarps == warp && pool >= first &&
                        pool < first + Traits::kFarRound;
@@ -87,7 +87,7 @@ __device__ __noinline__ int make_far_rows(typename Traits::Smem& smem,
     if (first >= far.pools()) return 0;
     if (first == 0) {
         set_far_bias<Traits>(smem, far, params.problem.scale);
-        smem.walks[threadIdx.x / 32].set(params, tile);
+        if (threadIdx.x == 0) smem.walk.set(params, tile);
     }
     load_far_means<Traits>(smem, params, tile, far, first);
     __syncthreads();  // premade rows and their bias are there

@@ -12,7 +12,7 @@ struct FarSmem {};
 template <int kWarps>
 struct FarSmem<true, kWarps> {
     float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
-    device::WalkSmem walks[kWarps];
+    device::WalkSmem<kWarps, 64> walk;
 };
 
 // The far field is a template parameter because its code in the loop costs registers, of which

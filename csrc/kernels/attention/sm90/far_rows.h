@@ -27,7 +27,7 @@ class FarRows {
           thread_(static_cast<int>(threadIdx.x) - 32 * (Traits::kConsumerWarps + 1)) {}
 
     __device__ void tile(const device::TileRows& tile) {
-        walk().set(params_, tile);
+        record_walk(tile);
         head_ = tile.flat_kv_head(params_.problem);
         const device::FarTile far(maps_.far, params_.problem.ranges(), tile.span());
         const bool condenses = skip_blocks(far);
@@ -48,7 +48,13 @@ class FarRows {
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
-    __device__ device::WalkSmem& walk() { return smem_.walks[thread_ / 32]; }
+    __device__ auto walk() { return device::WarpWalk(smem_.walk); }
+
+    __device__ void record_walk(const device::TileRows& tile) {
+        ptx::named_barrier_sync(kFarThreads, kThreads);  // nobody reads the last tile's any more
+        if (thread_ == 0) smem_.walk.set(params_, tile);
+        ptx::named_barrier_sync(kFarThreads, kThreads);
+    }
 
     __device__ void pass_steps(int steps) {
         steps_ = (steps_ + steps) % (Traits::kKeyStages * Traits::kValueStages);
@@ -70,7 +76,7 @@ class FarRows {
     __device__ bool skip_blocks(const device::FarTile& far) {
         int64_t condensed = far.all_keys();
         int blocks = 0;
-        device::WarpWalk walked(walk());
+        auto walked = walk();
         for (; walked.block != INT_MAX; walked.next()) {
             ++blocks;
             if (walked.block < far.end) condensed -= far.block_keys(walked.block);

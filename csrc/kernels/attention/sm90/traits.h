@@ -27,12 +27,12 @@ enum NamedBarrier : int {  // 0 is __syncthreads
 
 // Shared memory of the far field. A far step's `full` barriers are those of its stages, as of every
 // step, but the warps that make its rows arrive there.
-template <bool kFar, int kSteps>
+template <bool kFar, int kSteps, int kRecorded>
 struct FarSmem {};
-template <int kSteps>
-struct FarSmem<true, kSteps> {
+template <int kSteps, int kRecorded>
+struct FarSmem<true, kSteps, kRecorded> {
     float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
-    device::WalkSmem walks[kFarWarps];
+    device::WalkSmem<kFarWarps, kRecorded> walk;
     uint64_t out_free;                                    // the last tile's output has left
     uint64_t no_far_step;                                 // nor will there be one in this tile
     uint64_t far_loaded_k[kSteps], far_loaded_v[kSteps];  // premade rows are in their stage
@@ -59,7 +59,7 @@ struct AttentionTraits {
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Registers of a thread: what a CTA is launched with, then what the producer leaves over.
     static constexpr int kLaunchRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
-    static constexpr int kProducerRegisters = kFar ? 56 : 24;
+    static constexpr int kProducerRegisters = kFar ? 88 : 24;
     static constexpr int kSpareRegisters = (kLaunchRegisters - kProducerRegisters) / kConsumers;
     static constexpr int kConsumerRegisters = (kLaunchRegisters + kSpareRegisters) / 8 * 8 < 240
                                                   ? (kLaunchRegisters + kSpareRegisters) / 8 * 8
@@ -87,7 +87,9 @@ struct AttentionTraits {
         T k[kKeyStages][kPanels][kStepKeys * 64];
         T v[kValueStages][kPanels][kStepKeys * 64];
     };
-    struct Smem : Tiles, FarSmem<kFar, kFarSteps> {
+    // Two small CTAs fill the multiprocessor's shared memory.
+    static constexpr int kRecorded = kConsumers == 1 ? 24 : 64;
+    struct Smem : Tiles, FarSmem<kFar, kFarSteps, kRecorded> {
         Step steps[kKeyStages];
         uint64_t q_full, q_empty;
         uint64_t k_full[kKeyStages], k_empty[kKeyStages];
