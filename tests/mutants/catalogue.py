@@ -26,6 +26,11 @@ MERGING = "test_states.py merge"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
 FAR_POOLS = "test_far_field.py pool_borders and 0-130"
 FAR_REFERENCE = "test_far_field.py edges_on_every_path and 64-2-1"
+# On CUDA by the number of the path: 0 is sm80, 1 simt, 2 sm90.
+FAR_SM80 = "test_far_field.py pool_borders and 0-130-0"
+FAR_SIMT = "test_far_field.py pool_borders and 0-130-1"
+FAR_SM90 = "test_far_field.py pool_borders and 0-130-2"
+FAR_LATER = "test_far_field.py earlier_rows"
 
 CPU = (
     Mutant(
@@ -379,6 +384,86 @@ CUDA = (
         "__popc(equal & below) < ties",
         "__popc(equal & ~below) <= ties",
         TIES,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_hopper_mask_skipped",
+        "kernels/attention/sm90/produce.h",
+        "                                             BlockCover::kFull;",
+        "                                             block_cover(ranges, span, block.block, true);",
+        TILES,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_hopper_mask_of_the_next_key",
+        "kernels/attention/sm90/consume.h",
+        "kept >>= 2 * (lane() & 3);",
+        "kept >>= 2 * (lane() & 3) + 1;",
+        EDGES,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_bias_of_the_neighbour",
+        "kernels/attention/sm90/consume.h",
+        "bias[8 * n + e % 2]",
+        "bias[8 * n + 1 - e % 2]",
+        FAR_SM90,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_row_in_the_next_place",
+        "kernels/attention/sm90/far_rows.h",
+        "made().pool[ordinal] - first;",
+        "made().pool[ordinal] - first + 1;",
+        FAR_SM90,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_keys_and_values_exchanged",
+        "kernels/attention/sm90/produce.h",
+        "first + j * kBlockKeys, head, which);",
+        "first + j * kBlockKeys, head, which ^ 1);",
+        FAR_SM90,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_values_behind_the_pools_kept",
+        "kernels/attention/sm90/far_rows.h",
+        "if (which == 1) clear_rows(",
+        "if (which == 2) clear_rows(",
+        FAR_LATER,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_walked_block_not_subtracted",
+        "device/far_rows.h",
+        "channels.add(sum, walked.block, -block_keys);",
+        "channels.add(sum, walked.block, 0);",
+        FAR_SM80,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_cut_pool_taken_whole",
+        "device/far_rows.h",
+        "return end < min((pool + 1) << log2_pool, blocks);",
+        "return end < 0 * pool;",
+        FAR_LATER,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_pool_misses_a_block",
+        "kernels/far_field/far_pools.cu",
+        "blocks.stride_block, full - begin);",
+        "blocks.stride_block, full - begin - 1);",
+        FAR_SM80,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_far_pool_counts_as_one_key",
+        "kernels/simt/attention.cu",
+        "score[r] + logf(static_cast<float>(keys))",
+        "score[r] + 0.0f * logf(static_cast<float>(keys))",
+        FAR_SIMT,
         "cuda",
     ),
 )
