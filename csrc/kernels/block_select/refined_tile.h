@@ -10,9 +10,18 @@
 namespace condensate::kernels::block_select {
 
 struct Shortlists {
-    const int32_t* indices;  // [tiles of all heads, width]
-    const int32_t* counts;   // [tiles of all heads]
+    const int32_t* indices;  // [scan tiles of all heads, width]
+    const int32_t* counts;   // [scan tiles of all heads]
     int width;
+    int positions;  // of a scan tile
+    int per_head;   // scan tiles of a KV head
+
+    // The whole warp calls it.
+    __device__ TileShortlist of(const device::TileRows& tile, int head,
+                                const EligibleBlocks& eligible) const {
+        const int scan_tile = head * per_head + static_cast<int>(tile.first_query) / positions;
+        return {indices + int64_t{scan_tile} * width, counts[scan_tile], eligible};
+    }
 };
 
 template <class Traits>
@@ -20,7 +29,6 @@ struct RefinedSmem : Traits::Smem {
     PooledRows pooled;
     EligibleBlocks eligible;
     WalkedBlocks walked;                  // its list is the shortlist
-    int shortlisted;                      // blocks of it
     const typename Traits::T* summaries;  // of the KV head
     int head;                             // of all batches
 };
@@ -55,19 +63,17 @@ struct RefinedTile {
         load_pooled_queries<Traits, kRefinementPool>(
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
-        const int shortlisted = shortlists.counts[tile.tile_index];
+        const int head = static_cast<int>(tile.batch * problem.kv_heads) + tile.kv_head;
         const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()),
-                                  shortlists.indices + tile.tile_index * shortlists.width,
-                                  shortlisted);
+                                  shortlists.of(tile, head, eligible));
         if (threadIdx.x == 0) {
             smem.pooled = pooled;
             smem.eligible = eligible;
             smem.walked = walked;
-            smem.shortlisted = shortlisted;
-            smem.head = static_cast<int>(tile.batch * problem.kv_heads) + tile.kv_head;
-            smem.summaries = static_cast<const T*>(params.summaries) +
-                             int64_t{smem.head} * summary_rows(Selector::kBlock, problem.kv_len) *
-                                 problem.head_dim;
+            smem.head = head;
+            smem.summaries =
+                static_cast<const T*>(params.summaries) +
+                int64_t{head} * summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
         }
         rows.hold([&](int row) {
             return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;
