@@ -139,16 +139,35 @@ SEED_ROW = Case(
     131072, heads=12, kv_heads=12, head_dim=64, dtype="float16",
     window=32, anchors=1, topk=64, given_lists=True,
 )  # fmt: skip
+
+
+def few_heads(n: int) -> Case:
+    """What is measured up to a million tokens, where dense attention takes seconds."""
+    return Case(n, heads=8, kv_heads=2, topk=704, flex=False)
+
+
 CASES = (
     Case(131072),
     Case(131072, topk=704),
     Case(16384),
     SEED_ROW,
+    few_heads(1048576),
+    few_heads(131072),
     Case(32768),
     Case(65536),
+    Case(8192, flex=False),
     Case(4096),
-    Case(16384, topk=704, flex=False),
+    Case(2048, flex=False),
+    Case(1024, flex=False),
+    few_heads(524288),
+    few_heads(262144),
+    few_heads(65536),
+    few_heads(16384),
+    few_heads(4096),
+    few_heads(1024),
     Case(65536, topk=704, flex=False),
     Case(32768, topk=704, flex=False),
+    Case(16384, topk=704, flex=False),
+    Case(8192, topk=704, flex=False),
     Case(4096, topk=704, flex=False),
 )

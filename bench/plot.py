@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -13,8 +15,12 @@ from bench.report import Record, results_folder
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 SERIES = {
     "total_ms": "condensate attention()",
+    "support_ms": "condensate, no far field",
     "attend_ms": "condensate, list given",
     "flex_same_lists": "FlexAttention, same lists",
     "sdpa_cudnn": "dense, cuDNN",
@@ -27,32 +33,53 @@ def value(record: Record, series: str) -> float | None:
     return found
 
 
-def draw(records: list[Record], path: Path) -> None:
-    """One figure: milliseconds and speed-up over the faster dense kernel, the largest budget."""
-    shape = ("heads", "kv_heads", "head_dim", "dtype", "budget")
-    first = tuple(records[0][key] for key in shape)
-    rows = sorted((r for r in records if tuple(r[k] for k in shape) == first), key=lambda r: r["n"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+SHAPE = ("heads", "kv_heads", "head_dim", "dtype", "budget")
+LEAST_POINTS = 4  # of a line worth drawing
+
+
+def shapes(records: list[Record]) -> list[tuple[object, ...]]:
+    """Those measured at many lengths, in the order of the records."""
+    count = Counter(tuple(r[key] for key in SHAPE) for r in records)
+    return [shape for shape, n in count.items() if n >= LEAST_POINTS] or [next(iter(count))]
+
+
+def draw_times(axes: Axes, rows: list[Record]) -> None:
     for series, label in SERIES.items():
         points = [(r["n"], t) for r in rows if (t := value(r, series)) is not None]
-        left.plot(*zip(*points, strict=True), marker="o", label=label)
-    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms", title="time of one layer")
-    left.set_xscale("log", base=2)
-    left.legend(fontsize=8)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(yscale="log", xlabel="tokens", ylabel="ms", title="time of one layer")
+
+
+def draw_speedups(axes: Axes, rows: list[Record]) -> None:
     lengths = [r["n"] for r in rows]
-    right.plot(lengths, [r["speedup"] for r in rows], marker="o", label="selection included")
-    right.plot(lengths, [r["attend_speedup"] for r in rows], marker="o", label="list given")
-    right.axhline(1.0, color="grey", linewidth=0.8)
-    right.set(yscale="log", xlabel="tokens", ylabel="times", title="speed-up over the best dense")
-    right.set_xscale("log", base=2)
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.grid(True, alpha=0.3)
-    heads, kv_heads, head_dim, dtype, budget = first
-    figure.suptitle(
-        f"{heads} heads, {kv_heads} KV heads, d {head_dim}, {dtype}, {budget} keys/query"
+    axes.plot(lengths, [r["speedup"] for r in rows], marker="o", label="attention()")
+    axes.plot(lengths, [r["attend_speedup"] for r in rows], marker="o", label="list given")
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(yscale="log", xlabel="tokens", ylabel="times", title="speed-up over the best dense")
+
+
+def draw(records: list[Record], path: Path) -> None:
+    """A row of two diagrams a shape: milliseconds, and speed-up over the faster dense kernel."""
+    drawn = shapes(records)
+    figure, grid = plt.subplots(
+        len(drawn), 2, figsize=(11, 4.2 * len(drawn)), squeeze=False, layout="constrained"
     )
-    figure.tight_layout()
+    for (left, right), shape in zip(grid, drawn, strict=True):
+        rows = [r for r in records if tuple(r[key] for key in SHAPE) == shape]
+        rows.sort(key=lambda r: r["n"])
+        draw_times(left, rows)
+        draw_speedups(right, rows)
+        heads, kv_heads, head_dim, dtype, budget = shape
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.grid(True, alpha=0.3)
+            axes.legend(fontsize=8)
+            axes.set_title(
+                f"{axes.get_title()}: {heads} heads, {kv_heads} KV heads, d {head_dim}, {dtype}, "
+                f"{budget} keys/query",
+                fontsize=9,
+            )
     figure.savefig(path, dpi=130)
 
 

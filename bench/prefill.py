@@ -3,9 +3,11 @@
 `python -m bench.prefill` writes bench/results/<card>/prefill.json; `--quick` measures one
 case, `--dry-run` needs no GPU and prints what would be measured.
 
-total_ms is one attention() call, selection inside; select_ms is block_summaries + select_blocks,
-attend_ms is block_sparse_attention with the list given. TFLOP/s count 4 * n * b * heads * head_dim
-for the exact mean b of keys per query, nothing for selection. percent_of_floor is the attention's
+total_ms is one attention() call as users make it, selection and far field inside; support_ms the
+same without the far field; select_ms is block_summaries + select_blocks, attend_ms is
+block_sparse_attention with the list given, far_attend_ms the same with the far field. TFLOP/s count
+4 * n * b * heads * head_dim for the exact mean b of keys per query, nothing for selection and far
+field. percent_of_floor is the attention's
 floor (that arithmetic at this run's matmul rate, or Q, K, V and output at this run's copy rate)
 over total_ms. `peer` is the faster of torch's dense kernels.
 """
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 FLEX = "flex_same_lists"
+LIST_STAGES = ("block_sparse_attention", "with far field")
+WHOLE_STAGES = ("attention", "attention without far field")
 MAX_DIFFERENCE = 0.05  # of two 16-bit results of size 4 at most: the same mask, not the last bit
 QUALITY = "fidelity.json"  # beside this run's file: these settings on a trained model
 
@@ -58,19 +64,21 @@ class CaseRun:
         )
         return indices, counts
 
-    def attend(self, i: int) -> torch.Tensor:
+    def attend(self, i: int, far_field: bool = False) -> torch.Tensor:
         inputs, (indices, counts) = self.sets[i], self.lists[i]
         out = self.ops.block_sparse_attention(
-            inputs.query, inputs.key, inputs.value, indices, counts, **self.ranges
-        )[0]
+            inputs.query, inputs.key, inputs.value, indices, counts,
+            far_field=far_field, **self.ranges,
+        )[0]  # fmt: skip
         assert isinstance(out, torch.Tensor)
         return out
 
-    def total(self, i: int) -> torch.Tensor:
+    def total(self, i: int, far_field: bool | None = None) -> torch.Tensor:
         inputs = self.sets[i]
         out = self.ops.attention(
-            inputs.query, inputs.key, inputs.value, topk=self.case.topk, **self.ranges
-        )
+            inputs.query, inputs.key, inputs.value,
+            topk=self.case.topk, far_field=far_field, **self.ranges,
+        )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -82,7 +90,9 @@ class CaseRun:
             "block_summaries": self.rotating(lambda i: self.ops.block_summaries(self.sets[i].key)),
             "select_blocks": self.rotating(lambda i: self.select(self.sets[i], self.summaries[i])),
             "block_sparse_attention": self.rotating(self.attend),
+            "with far field": self.rotating(lambda i: self.attend(i, far_field=True)),
             "attention": self.rotating(self.total),
+            "attention without far field": self.rotating(lambda i: self.total(i, far_field=False)),
         }
 
     def flex(self) -> Timed:
@@ -121,11 +131,12 @@ class CaseRun:
         return timed, failures
 
 
-def stage_works(case: Case, keys_per_query: float) -> dict[str, Work]:
-    attend = attention_work(case, keys_per_query)
+def stage_works(case: Case, listed: float, attended: float) -> dict[str, Work]:
+    """`listed` keys per query by the lists, `attended` by attention(), which may be dense."""
     works = {name: dense_work(case) for name in peers.DENSE_BACKENDS}
     works |= {"block_summaries": summary_work(case), "select_blocks": selection_work(case)}
-    works |= dict.fromkeys(("block_sparse_attention", "attention", FLEX), attend)
+    works |= dict.fromkeys((*LIST_STAGES, FLEX), attention_work(case, listed))
+    works |= dict.fromkeys(WHOLE_STAGES, attention_work(case, attended))
     return works
 
 
@@ -139,13 +150,27 @@ def stage_record(name: str, ms: float, work: Work, ceilings: Ceilings) -> Record
     }
 
 
+def planned_selection(case: Case) -> str:
+    """What attention() does with this case: "blocks", or "dense" where that is faster."""
+    plan = importlib.import_module("condensate_ext._C").plan(
+        batch=1, query_heads=case.heads, kv_heads=case.kv_heads, query_len=case.n, kv_len=case.n,
+        head_dim=case.head_dim, dtype=case.dtype, window=case.window, anchors=case.anchors,
+        topk=case.topk, selector="block", causal=True, device_index=torch.cuda.current_device(),
+    )  # fmt: skip
+    found = re.search(r"selection=(\w+)", plan)
+    assert found is not None, plan
+    return found[1]
+
+
 def measure(case: Case, ops: ModuleType, ceilings: Ceilings, with_flex: bool) -> Record:
     """Everything about one case, in one interleaved run."""
     run = CaseRun(case, ops)
     timed_peers, failures = run.peers(with_flex)
     medians = interleaved_medians(run.stages() | timed_peers, 2000.0)
-    keys_per_query = mean_keys_per_query(case, *run.lists[0])
-    works = stage_works(case, keys_per_query)
+    selection = planned_selection(case)
+    listed = mean_keys_per_query(case, *run.lists[0])
+    keys_per_query = listed if selection == "blocks" else (case.n + 1) / 2
+    works = stage_works(case, listed, keys_per_query)
     stages = [stage_record(name, t, works[name], ceilings) for name, t in medians.items()]
     dense_ms = {name: medians[name] for name in peers.DENSE_BACKENDS if name in medians}
     peer = min(dense_ms, key=lambda name: dense_ms[name])
@@ -159,10 +184,13 @@ def measure(case: Case, ops: ModuleType, ceilings: Ceilings, with_flex: bool) ->
         "dtype": case.dtype,
         "budget": case.budget,
         "keys_per_query": round(keys_per_query, 1),
+        "selection": selection,
         "selection_included": True,
         "total_ms": round(total, 4),
         "select_ms": round(medians["block_summaries"] + medians["select_blocks"], 4),
+        "support_ms": round(medians["attention without far field"], 4),
         "attend_ms": round(attend, 4),
+        "far_attend_ms": round(medians["with far field"], 4),
         "peer": peer,
         "peer_ms": round(dense_ms[peer], 4),
         "speedup": round(dense_ms[peer] / total, 2),

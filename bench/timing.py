@@ -31,20 +31,23 @@ def interleaved_medians(functions: Mapping[str, Timed], milliseconds: float) -> 
     """Median milliseconds of each function, run in turn so that clocks and heat are shared.
 
     Two warm-up rounds come first. Takes about `milliseconds` in all, but never fewer than
-    MIN_ROUNDS rounds.
+    MIN_ROUNDS rounds; a function that takes half of `milliseconds` alone is not called again after
+    the warm-up, whose second time is its result.
     """
-    pilot = 0.0
+    pilot: dict[str, float] = {}
     for round_number in range(2):
-        events = [time_once(function, round_number) for function in functions.values()]
+        events = {name: time_once(function, round_number) for name, function in functions.items()}
         torch.cuda.synchronize()
-        pilot = sum(start.elapsed_time(end) for start, end in events)
-    rounds = round(min(MAX_ROUNDS, max(MIN_ROUNDS, milliseconds / max(pilot, 1e-3))))
+        pilot = {name: start.elapsed_time(end) for name, (start, end) in events.items()}
+    repeated = {name: f for name, f in functions.items() if pilot[name] < milliseconds / 2}
+    round_ms = max(sum(pilot[name] for name in repeated), 1e-3)
+    rounds = round(min(MAX_ROUNDS, max(MIN_ROUNDS, milliseconds / round_ms)))
     events_of: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
     for round_number in range(rounds):
-        for name, function in functions.items():
+        for name, function in repeated.items():
             events_of.setdefault(name, []).append(time_once(function, round_number))
     torch.cuda.synchronize()
-    return {
+    return pilot | {
         name: statistics.median(start.elapsed_time(end) for start, end in events)
         for name, events in events_of.items()
     }

@@ -44,6 +44,15 @@ def seed() -> int:
     return int(os.environ["CONDENSATE_TEST_SEED"])
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small passes of a model: threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _clean_error_word() -> Iterator[None]:
     """No test leaves a sticky error bit to the next one, or sets one it did not mean to."""

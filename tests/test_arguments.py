@@ -69,8 +69,15 @@ def test_selection_needs_a_positive_scale(device, scale):
 def test_what_is_not_available_yet(device, name):
     with pytest.raises(ValueError, match=r"top_p is 0.9.*not yet available; pass top_p=None"):
         getattr(ops, name)(*_qkv(device), top_p=0.9)
-    with pytest.raises(ValueError, match=r"far_field is True.*not yet available; pass far_field="):
-        getattr(ops, name)(*_qkv(device), far_field=True)
+
+
+@pytest.mark.parametrize("name", POLICY_OPS)
+def test_single_keys_have_no_far_field(device, name):
+    wanted = r'far_field is True with selector="exact", expected None or False.*pass far_field=None'
+    with pytest.raises(ValueError, match=wanted):
+        getattr(ops, name)(*_qkv(device), selector="exact", far_field=True)
+    for far_field in (None, False):
+        getattr(ops, name)(*_qkv(device), selector="exact", far_field=far_field)
 
 
 def _tensor_faults(device: str):
@@ -127,8 +134,9 @@ def test_given_lists(refused, device):
         "block_indices.contiguous()")  # fmt: skip
     if device == "cuda":
         bad(indices.cpu(), counts, "block_indices is on cpu and query on cuda:0")
-    with pytest.raises(ValueError, match="far_field is True"):
-        ops.block_sparse_attention(query, key, value, indices, counts, far_field=True)
+    wide = torch.zeros(1, 2, 9, 12, device=device)
+    with pytest.raises(ValueError, match=r"^attention: head_dim is 12"):
+        ops.block_sparse_attention(wide, wide, wide, indices, counts, far_field=True)
 
 
 def test_selection_arguments(refused, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import condensate_ext as ce
 import pytest
 import torch
 
@@ -27,6 +28,17 @@ def test_tile_and_block_edges(device, group, delta, causal):
             causal=causal, window=20, anchors=3,
         )  # fmt: skip
         assert check_case(case).probes > 0
+
+
+def test_everything_is_attended_where_that_is_faster(device):
+    """1,024 keys of which an average row sees 512: at most 5/4 of what it would attend."""
+    query, key, value = (torch.randn(1, 2, 1024, 64, device=device).half() for _ in range(3))
+    sizes = {"window": 64, "anchors": 64}
+    dense = ce.attention(query, key, value, topk=1024, **sizes)
+    assert torch.equal(ce.attention(query, key, value, topk=320, **sizes), dense)
+    assert not torch.equal(ce.attention(query, key, value, topk=256, **sizes), dense)
+    exact = ce.attention(query, key, value, topk=320, selector="exact", **sizes)
+    assert not torch.equal(exact, dense)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

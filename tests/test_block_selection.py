@@ -55,7 +55,7 @@ def _check_estimate(
     """The estimate of the whole op, which makes the same lists."""
     query, value = scores.query, case.tensors()[2]
     estimate = ops.attention_forward(
-        query, key, value, topk=case.topk, selector=case.selector, **case.range_args
+        query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
     )[2]
     selection.check_estimate(scores, estimate, chosen, case.topk // 64)
 
@@ -295,7 +295,7 @@ def test_keys_that_are_not_finite(device, seed, selector, bad, blocks, causal):
         expected, certain = selection.expected_choice(scores, 4)
         assert torch.equal(chosen[certain], expected[certain])
         estimate = ops.attention_forward(
-            query, key, value, topk=case.topk, selector=selector, **case.range_args
+            query, key, value, topk=case.topk, selector=selector, **case.attention_args
         )[2]
         assert ((estimate >= 0) & (estimate <= 1)).all()
 

@@ -16,7 +16,7 @@ ops = torch.ops.condensate
 
 
 def _attend(case: Case, indices: torch.Tensor, counts: torch.Tensor):
-    return ops.block_sparse_attention(*case.tensors(), indices, counts, **case.range_args)
+    return ops.block_sparse_attention(*case.tensors(), indices, counts, **case.attention_args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +106,7 @@ def test_a_key_that_is_not_finite_reaches_exactly_its_rows(device, dtype, bad):
     key[:, :, 77, 3] = bad
     indices = torch.full((1, 1, 4, 1), -1, dtype=torch.int32, device=device)
     counts = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
-    out, lse = ops.block_sparse_attention(query, key, value, indices, counts, **case.range_args)
+    out, lse = ops.block_sparse_attention(query, key, value, indices, counts, **case.attention_args)
     reference = oracle.attention(query, key, value, case.ranges.always())
     assert not reference.finite.all() and reference.finite[:, :, 87:].all()
     assert torch.equal(out.isfinite(), reference.finite)
@@ -125,7 +125,7 @@ def test_a_value_that_is_not_finite_stays_in_its_column_and_block(device, dtype,
     value[:, :, 70, 5] = bad
     indices = torch.full((1, 1, 4, 1), -1, dtype=torch.int32, device=device)
     counts = torch.zeros(1, 1, 4, dtype=torch.int32, device=device)
-    out, lse = ops.block_sparse_attention(query, key, value, indices, counts, **case.range_args)
+    out, lse = ops.block_sparse_attention(query, key, value, indices, counts, **case.attention_args)
     reference = oracle.attention(query, key, value, case.ranges.always())
     assert not out[:, :, 70:80, 5].isfinite().any() and lse.isfinite().all()
     assert out[..., :5].isfinite().all() and out[..., 6:].isfinite().all()

@@ -17,7 +17,7 @@ SELECTORS = ("block", "quest", "mean", "exact")
 
 def _forward(case: Case, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, estimate = ops.attention_forward(
-        *tensors, topk=case.topk, selector=case.selector, **case.range_args
+        *tensors, topk=case.topk, selector=case.selector, **case.attention_args
     )
     return out, lse, estimate
 
@@ -64,7 +64,7 @@ def test_runs_repeat_to_the_bit_and_do_not_see_their_batch(device, seed, selecto
 def test_attention_is_the_output_of_attention_forward(device, selector):
     case = Case(device, dtype=torch.bfloat16, group=2, query_len=90, kv_len=700, selector=selector)
     tensors = case.tensors()
-    out = ops.attention(*tensors, topk=64, selector=selector, **case.range_args)
+    out = ops.attention(*tensors, topk=64, selector=selector, **case.attention_args)
     assert torch.equal(out, _forward(case, *tensors)[0])
 
 
@@ -76,7 +76,7 @@ def test_attention_is_its_stages_one_after_another(device, selector):
         query, ops.block_summaries(key, selector=selector), kv_len=900, topk=64,
         selector=selector, **case.range_args,
     )  # fmt: skip
-    staged = ops.block_sparse_attention(query, key, value, *lists, **case.range_args)
+    staged = ops.block_sparse_attention(query, key, value, *lists, **case.attention_args)
     assert all(map(torch.equal, staged, _forward(case, query, key, value)[:2]))
 
 

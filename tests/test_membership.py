@@ -43,7 +43,7 @@ def test_probes_at_edges(device, seed, monkeypatch, group, causal, path):
         chosen = torch.tensor(keys, device=device)
 
         silent = torch.zeros_like(query)
-        attend = partial(_attend, silent, key, lists, case.range_args)
+        attend = partial(_attend, silent, key, lists, case.attention_args)
         found = markers.attended(attend, value, chosen)
         wrong += int((found != support[..., chosen]).sum())
         probes += found.numel()

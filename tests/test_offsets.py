@@ -37,14 +37,14 @@ def test_strides_beyond_int32(device, dim):
     query, key, value = (_far_apart(t, dim) for t in near)
     assert key.stride(dim) > 2**31
     lists = case.lists()
-    out, lse = ops.block_sparse_attention(query, key, value, *lists, **case.range_args)
+    out, lse = ops.block_sparse_attention(query, key, value, *lists, **case.attention_args)
     support = support_of_lists(case.ranges, listed_blocks(*lists, case.kv_len)[0], 2)
     oracle.assert_matches(oracle.attention(*near, support), out, lse)
     assert torch.equal(ops.block_summaries(key), ops.block_summaries(near[1]))
     for selector in ("block", "exact"):
-        expected = ops.attention_forward(*near, topk=64, selector=selector, **case.range_args)
+        expected = ops.attention_forward(*near, topk=64, selector=selector, **case.attention_args)
         actual = ops.attention_forward(
-            query, key, value, topk=64, selector=selector, **case.range_args
+            query, key, value, topk=64, selector=selector, **case.attention_args
         )
         assert all(map(torch.equal, expected, actual))
     assert torch.equal(ops.omitted_mass(query, key, lse), ops.omitted_mass(*near[:2], lse))

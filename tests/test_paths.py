@@ -52,7 +52,7 @@ def _all_ops(case: Case):
     yield condensate_ext.last_plan()
     ops.select_tokens(query, key, **common)
     yield condensate_ext.last_plan()
-    _, lse = ops.block_sparse_attention(query, key, value, *lists, **case.range_args)
+    _, lse = ops.block_sparse_attention(query, key, value, *lists, **case.attention_args)
     yield condensate_ext.last_plan()
     ops.omitted_mass(query, key, lse)
     yield condensate_ext.last_plan()

@@ -82,7 +82,7 @@ def test_omitted_mass_against_the_oracle(device, seed, dtype, causal, query_len,
         causal=causal,
     )  # fmt: skip
     query, key, value = case.tensors()
-    lse = ops.block_sparse_attention(query, key, value, *case.lists(), **case.range_args)[1]
+    lse = ops.block_sparse_attention(query, key, value, *case.lists(), **case.attention_args)[1]
     visible = Ranges(query_len, kv_len, 0, 0, causal, device).visible()
     expected = oracle.omitted_mass(query, key, lse, visible)
     full = oracle.attention(query, key, value, visible)
@@ -101,7 +101,7 @@ def test_omitted_mass_against_the_oracle(device, seed, dtype, causal, query_len,
 def test_omitted_mass_of_everything_is_zero(device):
     case = Case(device, dtype=torch.float16, query_len=90, kv_len=300, topk=320, selector="block")
     query, key, value = case.tensors()
-    _, lse, _ = ops.attention_forward(query, key, value, topk=320, **case.range_args)
+    _, lse, _ = ops.attention_forward(query, key, value, topk=320, **case.attention_args)
     assert ops.omitted_mass(query, key, lse).max() <= 1e-4
 
 
@@ -110,7 +110,7 @@ def test_estimates_are_shares_and_follow_the_audit(device, selector):
     case = Case(device, dtype=torch.bfloat16, group=4, query_len=200, kv_len=2000, topk=256)
     query, key, value = case.tensors()
     _, lse, estimate = ops.attention_forward(
-        query, key, value, topk=256, selector=selector, **case.range_args
+        query, key, value, topk=256, selector=selector, **case.attention_args
     )
     audited = ops.omitted_mass(query, key, lse)
     assert ((estimate >= 0) & (estimate <= 1 + 1e-6)).all() and (estimate > 0.1).any()

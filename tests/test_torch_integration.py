@@ -39,7 +39,7 @@ def _arguments(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, obj
         case "select_tokens":
             return (query, key), {**ranges, "topk": case.topk}
         case "block_sparse_attention":
-            return (query, key, value, *case.lists()), ranges
+            return (query, key, value, *case.lists()), {**ranges, "far_field": True}
         case "omitted_mass":
             rows = torch.tensor([0, 3], device=query.device)
             return (query, key, lse), {"rows": rows, "causal": case.causal}
@@ -110,7 +110,7 @@ def _pipeline(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Ten
     out, lse, estimate = condensate_ext.attention_forward(query * 2, key, value, topk=topk)
     units = condensate_ext.block_summaries(key)
     lists = condensate_ext.select_blocks(query, units, kv_len=key.shape[2], topk=topk)
-    state = condensate_ext.block_sparse_attention(query, key, value, *lists)
+    state = condensate_ext.block_sparse_attention(query, key, value, *lists, far_field=True)
     pair = condensate_ext.select_tokens(query, key, topk=topk)
     audited = condensate_ext.omitted_mass(query, key, lse)
     merged = condensate_ext.merge_states(out, lse, *state)

@@ -19,6 +19,9 @@ CARDS = ("nvidia-h200", "nvidia-h100")
 PROTOCOLS = {
     "decode": "decode, one query at a time",
     "needles": "needles, asked in the last tile",
+    "prefill": "prefill through the policy, dense behind it",
+    "omitted": "softmax mass left out",
+    "survival": "greedy continuation",
 }
 Record = dict[str, Any]
 
@@ -42,7 +45,7 @@ def where_dense_wins(records: list[Record]) -> str:
     if not slower:
         shortest = min(r["n"] for r in records)
         return f"Dense attention was slower in every case measured, from {shortest:,} tokens on."
-    return f"**Dense attention wins** at {', '.join(slower)}: use it there."
+    return f"**Torch's dense attention wins** at {', '.join(slower)}."
 
 
 def lists_given(records: list[Record]) -> str:
@@ -60,9 +63,10 @@ def prefill_table(document: Record) -> str:
     rows = [
         [
             f"{r['n']:,}, H{r['heads']} KV{r['kv_heads']} d{r['head_dim']} {r['dtype']}",
-            f"{r['budget']:,}",
+            f"{r['budget']:,}" if r["selection"] == "blocks" else "all",
             milliseconds(r["total_ms"]),
-            milliseconds(r["select_ms"]),
+            milliseconds(r["support_ms"]),
+            milliseconds(r["select_ms"]) if r["selection"] == "blocks" else "-",
             f"{milliseconds(r['peer_ms'])} ({r['peer'].removeprefix('sdpa_')})",
             f"{r['speedup']:.1f}x",
             f"{r['memory_percent']:.0f} %",
@@ -70,22 +74,42 @@ def prefill_table(document: Record) -> str:
         for r in records
     ]
     header = [
-        "tokens, shape", "keys per query", "`attention()` ms", "of it selection",
+        "tokens, shape", "keys per query", "`attention()` ms", "without far field",
+        "of it selection",
         "torch's best dense ms", "speed-up", "memory, of K and V",
     ]  # fmt: skip
-    title = caption(document, "Causal prefill, batch 1, selection included")
+    title = caption(document, "Causal prefill, batch 1, selection included, no far field")
     notes = f"{where_dense_wins(records)} {lists_given(records)}"
     return f"{title}\n\n{markdown(header, rows)}\n\n{notes}"
 
 
 def result(record: Record) -> list[str]:
-    if record["needle_first"] is not None:
-        return [f"first answer token right: {100 * record['needle_first']:.0f} %"]
-    if record["identical_tokens"] is not None:
-        return [f"{record['identical_tokens']} of {record['tokens']} tokens identical to dense"]
+    """What was measured, in words. Fields that older results lack are left out."""
+    r = {name: value for name, value in record.items() if value is not None}
+    if "needle_first" in r:
+        whole = f", all characters: {100 * r['needle_all']:.0f} %" if "needle_all" in r else ""
+        return [f"first answer token right: {100 * r['needle_first']:.0f} %{whole}"]
+    if r["protocol"] == "survival":
+        length = r["tokens"] // r["documents"]
+        return [
+            f"{100 * r['survived']:.0f} % identical to dense over {length} tokens, median "
+            f"{r['identical_tokens_median']:.0f} tokens until the first difference"
+        ]
+    if "identical_tokens" in r:
+        return [f"{r['identical_tokens']:.0f} of {r['tokens']} tokens identical to dense"]
+    if "omitted_mean" in r:
+        return [
+            f"mean {r['omitted_mean']:.3f}, p99 {r['omitted_p99']:.2f}, estimate off by "
+            f"{r['estimate_error']:.3f}; output error {r['output_error']:.2f}"
+        ]
+    documents = (
+        f" (median text {r['dppl_percent_median']:+.1f}, worst {r['dppl_percent_worst']:+.1f})"
+        if "dppl_percent_worst" in r
+        else ""
+    )
     return [
-        f"KL {record['kl']:.4f}, top-1 {100 * record['top1']:.1f} %, "
-        f"perplexity {record['dppl_percent']:+.1f} %"
+        f"KL {r['kl']:.4f}, top-1 {100 * r['top1']:.1f} %, "
+        f"perplexity {r['dppl_percent']:+.1f} %{documents}"
     ]
 
 
@@ -99,7 +123,8 @@ def fidelity_table(document: Record) -> str:
     s = document["settings"]
     what = (
         f"`{s['model']}` (30 M parameters) on held-out source code, {s['context']:,} tokens of "
-        f"context, {s['dtype']}, every layer through the op, no far field"
+        f"context, {s['dtype']}, every layer through the op, "
+        f"{'with' if s.get('far_field') else 'no'} far field"
     )
     header = [
         "protocol",

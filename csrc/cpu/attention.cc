@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cpu/block_walk.h"
+#include "cpu/far_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/row_mask.h"
 
@@ -21,7 +22,9 @@ struct Scratch {
           threshold(arena.take<float>(kMaxRows)),
           tie_index(arena.take<int32_t>(kMaxRows)),
           mask(arena.take<RowMask>(1)),
-          state(arena.take<SoftmaxState>(1)) {}
+          state(arena.take<SoftmaxState>(1)),
+          line(arena.take<float>(p.head_dim)),
+          walked(arena.take<int32_t>(num_blocks(p.kv_len))) {}
 
     QueryRows rows;
     int64_t value_ld;
@@ -33,6 +36,8 @@ struct Scratch {
     int32_t* tie_index;
     RowMask* mask;
     SoftmaxState* state;
+    float* line;      // one row of the far field's means
+    int32_t* walked;  // the blocks that the tile has walked
 };
 
 class TileAttention {
@@ -57,13 +62,19 @@ class TileAttention {
         uint32_t errors = 0;
         load_rows();
         BlockWalk walk = make_walk(&errors);
-        for (BlockWalk::Step step; walk.next(&step);) visit(step);
+        int64_t walked = 0;
+        for (BlockWalk::Step step; walk.next(&step);) {
+            s_.walked[walked++] = static_cast<int32_t>(step.block);
+            visit(step.block, step.listed || has_far_field());
+        }
+        if (has_far_field()) visit_far_field({s_.walked, s_.walked + walked});
         store_rows();
         return errors;
     }
 
   private:
     bool has_threshold() const { return params_.threshold != nullptr; }
+    bool has_far_field() const { return params_.far_field.key.given(); }
     int64_t row_index(int row) const {
         return (batch_ * p_.query_heads + s_.rows.head[row]) * p_.query_len + s_.rows.query[row];
     }
@@ -97,22 +108,72 @@ class TileAttention {
         return walk;
     }
 
-    void visit(BlockWalk::Step step) {
+    // `whole`: every visible key of the block is attended, also outside a row's window.
+    void visit(int64_t block, bool whole) {
         const Ranges ranges = p_.ranges();
-        BlockCover cover = block_cover(ranges, span_, step.block, step.listed);
+        BlockCover cover = block_cover(ranges, span_, block, whole);
         if (cover == BlockCover::kNone && !has_threshold()) return;
-        const int64_t begin = step.block * kBlockKeys;
+        const int64_t begin = block * kBlockKeys;
         const int dim = static_cast<int>(p_.head_dim), panels = s_.rows.panel_count();
         load_tile(ops_, p_, params_.key, batch_, kv_head_, begin, dim, s_.keys);
         ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
         if (cover != BlockCover::kFull) {
-            fill_mask(ranges, s_.rows, step.block, step.listed,
-                      has_threshold() ? s_.threshold : nullptr, s_.tie_index, s_.mask);
+            fill_mask(ranges, s_.rows, block, whole, has_threshold() ? s_.threshold : nullptr,
+                      s_.tie_index, s_.mask);
             ops_.mask(*s_.mask, panels, s_.scores);
         }
         ops_.softmax(panels, s_.scores, s_.state);
+        accumulate(load_tile(ops_, p_, params_.value, batch_, kv_head_, begin,
+                             static_cast<int>(s_.value_ld), s_.values));
+    }
+
+    // What the walk left out, kTileKeys pools at a time: every row sees all of their keys.
+    void visit_far_field(WalkedBlocks walked) {
+        FarTile far(params_, ops_, batch_ * p_.kv_heads + kv_head_, span_, walked, s_.line);
+        const int dim = static_cast<int>(p_.head_dim), panels = s_.rows.panel_count();
+        for (int64_t first = 0; first < far.pools(); first += kTileKeys) {
+            int64_t keys[kTileKeys];
+            const int64_t all_keys = load_pools(far, first, keys);
+            if (all_keys == 0) continue;
+            ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
+            count_keys(keys, panels);
+            ops_.softmax(panels, s_.scores, s_.state);
+            accumulate(all_finite(s_.values, kTileKeys * s_.value_ld));
+        }
+    }
+
+    // Mean rows of pools first.. and the number of keys of each; returns the number of them all.
+    int64_t load_pools(FarTile& far, int64_t first, int64_t (&keys)[kTileKeys]) {
+        int64_t all_keys = 0;
+        for (int n = 0; n < kTileKeys; ++n) {
+            float* key = s_.keys + n * p_.head_dim;
+            float* value = s_.values + n * s_.value_ld;
+            keys[n] = far.load(first + n, key, value, s_.value_ld);
+            all_keys += keys[n];
+        }
+        return all_keys;
+    }
+
+    // A pool of n keys weighs n * exp(score), one without keys nothing.
+    void count_keys(const int64_t (&keys)[kTileKeys], int panels) {
+        for (int n = 0; n < kTileKeys; ++n) {
+            const float bias = std::log(static_cast<float>(keys[n]));
+            float* scores = s_.scores + n * kScoreStride;
+            for (int row = 0; row < panels * kPanelRows; ++row)
+                scores[row] = keys[n] > 0 ? scores[row] + bias : -INFINITY;
+        }
+    }
+
+    static bool all_finite(const float* numbers, int64_t count) {
+        float probe = 0.0f;  // stays 0 unless a number is not finite
+        for (int64_t n = 0; n < count; ++n) probe += numbers[n] * 0.0f;
+        return probe == 0.0f;
+    }
+
+    // Adds the weighted values of the 64 keys or pools at hand; `finite`: all values are.
+    void accumulate(bool finite) {
         const int ld = static_cast<int>(s_.value_ld);
-        if (load_tile(ops_, p_, params_.value, batch_, kv_head_, begin, ld, s_.values))
+        if (finite)
             ops_.accumulate(s_.scores, s_.values, ld, s_.rows.count, s_.state->rescale, s_.out);
         else
             accumulate_nonzero();

@@ -14,6 +14,7 @@ Status check_isa();
 Status block_summaries(const BlockSummaryParams& params, const Executor& executor);
 Status select_blocks(const BlockSelectParams& params, const Executor& executor);
 Status select_tokens(const TokenSelectParams& params, const Executor& executor);
+Status far_pools(const FarPoolsParams& params, const Executor& executor);
 Status attention(const AttentionParams& params, const Executor& executor, uint32_t* errors);
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor, uint32_t* errors);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);

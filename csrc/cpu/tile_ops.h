@@ -64,9 +64,9 @@ struct TileOps {
                        const float* rescale, float* out);
 
     // Per block of `units` consecutive keys of the tile and per row, over the scores below
-    // visible_end: their maximum and the sum of exp(score - maximum). -inf and 0 if there is no
-    // such score or one is NaN, +inf and 1 if one is +inf. Blocks are `panels * kPanelRows` apart
-    // in the outputs.
+    // visible_end: their maximum, NaN apart, and the sum of exp(score - maximum). -inf and 0 if
+    // there is no such score, +inf and 1 if one is +inf; the sum is 0 if one is NaN. Blocks are
+    // `panels * kPanelRows` apart in the outputs.
     void (*block_sums)(const float* scores, int units, const int32_t* visible_end, int panels,
                        float* block_max, float* block_sum);
 

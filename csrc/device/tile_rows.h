@@ -24,7 +24,10 @@ struct TileRows {
         return TileRows(p, positions, index / tiles, tiles - 1 - index % tiles);
     }
 
-    // `head` counts [B, Hkv], `tile` tiles of so many positions.
+    // `head` counts [B, Hkv].
+    __device__ TileRows(const Problem& p, int64_t head, int64_t tile)
+        : TileRows(p, tile_positions(p.group()), head, tile) {}
+    // Of tiles of so many positions.
     __device__ TileRows(const Problem& p, int positions, int64_t head, int64_t tile)
         : group(p.group()), positions(positions), query_len(p.query_len), kv_len(p.kv_len) {
         log2_positions = 31 - __clz(positions);

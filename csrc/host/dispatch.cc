@@ -26,15 +26,26 @@ Status facts_of(const Executor& executor, DeviceFacts* facts) {
 
 // ---- What each stage tells the plan ----
 
-PlanRequest request_of(const BlockSummaryParams& p) {
+// Of a stage that reads keys without queries.
+template <class Params>
+PlanRequest request_without_queries(Stage stage, const Params& p) {
     PlanRequest request;
-    request.stage = Stage::kBlockSummaries;
+    request.stage = stage;
     request.problem.dtype = p.dtype;
     request.problem.batch = p.batch;
     request.problem.query_heads = request.problem.kv_heads = max_i64(p.kv_heads, 1);
     request.problem.kv_len = p.kv_len;
+    return request;
+}
+
+PlanRequest request_of(const BlockSummaryParams& p) {
+    PlanRequest request = request_without_queries(Stage::kBlockSummaries, p);
     request.selector = p.selector;
     return request;
+}
+
+PlanRequest request_of(const FarPoolsParams& p) {
+    return request_without_queries(Stage::kFarPools, p);
 }
 
 PlanRequest request_of(const BlockSelectParams& p) {
@@ -72,6 +83,8 @@ PlanRequest request_of(const AttentionParams& p) {
     DType dtype = p.problem.dtype;
     request.aligned = is_aligned16(p.query, dtype) && is_aligned16(p.key, dtype) &&
                       is_aligned16(p.value, dtype) && is_aligned16(p.out);
+    request.far_field = p.far_field.key.given();
+    if (request.far_field) request.aligned = request.aligned && is_aligned16(p.far_field, dtype);
     const Problem& problem = p.problem;
     request.boxed = is_boxed(p.query, problem.batch, problem.query_heads, problem.query_len) &&
                     is_boxed(p.key, problem.batch, problem.kv_heads, problem.kv_len) &&
@@ -100,9 +113,12 @@ PlanRequest request_of(const MergeStatesParams& p) {
 // ---- Which stages have nothing to write ----
 
 bool writes_nothing(const Problem& p) { return p.batch == 0 || p.query_len == 0; }
-bool writes_nothing(const BlockSummaryParams& p) {
+template <class Params>
+bool has_no_keys(const Params& p) {
     return p.batch == 0 || p.kv_heads == 0 || p.kv_len == 0;
 }
+bool writes_nothing(const BlockSummaryParams& p) { return has_no_keys(p); }
+bool writes_nothing(const FarPoolsParams& p) { return has_no_keys(p); }
 bool writes_nothing(const BlockSelectParams& p) { return writes_nothing(p.problem); }
 bool writes_nothing(const TokenSelectParams& p) { return writes_nothing(p.problem); }
 bool writes_nothing(const AttentionParams& p) { return writes_nothing(p.problem); }
@@ -139,6 +155,10 @@ Status run_reference(const TokenSelectParams& p, CpuCall&) {
     reference::select_tokens<double>(p);
     return {};
 }
+Status run_reference(const FarPoolsParams& p, CpuCall&) {
+    reference::far_pools<double>(p);
+    return {};
+}
 Status run_reference(const AttentionParams& p, CpuCall& call) {
     reference::attention<double>(p, &call.errors);
     return {};
@@ -161,6 +181,7 @@ Status run_fast(const BlockSelectParams& p, CpuCall& call) {
 Status run_fast(const TokenSelectParams& p, CpuCall& call) {
     return cpu::select_tokens(p, call.executor);
 }
+Status run_fast(const FarPoolsParams& p, CpuCall& call) { return cpu::far_pools(p, call.executor); }
 Status run_fast(const AttentionParams& p, CpuCall& call) {
     return cpu::attention(p, call.executor, &call.errors);
 }
@@ -206,6 +227,9 @@ Status launch(const BlockSelectParams& p, Path path, const LaunchContext& contex
 Status launch(const TokenSelectParams& p, Path path, const LaunchContext& context) {
     return path == Path::kSm80 ? kernels::token_select_sm80(p, context)
                                : kernels::token_select_simt(p, context);
+}
+Status launch(const FarPoolsParams& p, Path, const LaunchContext& context) {
+    return kernels::far_pools_cuda(p, context);
 }
 Status launch(const AttentionParams& p, Path path, const LaunchContext& context) {
 #if defined(CONDENSATE_WITH_SM90A)
@@ -276,6 +300,7 @@ void clamp_ranges(Params* params) {
     problem.anchors = min_i64(problem.anchors, problem.kv_len);
 }
 void clamp_ranges(BlockSummaryParams*) {}
+void clamp_ranges(FarPoolsParams*) {}
 void clamp_ranges(MergeStatesParams*) {}
 
 template <class Params>
@@ -310,6 +335,9 @@ Status select_blocks(const BlockSelectParams& params, const Executor& executor) 
     return run(params, executor);
 }
 Status select_tokens(const TokenSelectParams& params, const Executor& executor) {
+    return run(params, executor);
+}
+Status far_pools(const FarPoolsParams& params, const Executor& executor) {
     return run(params, executor);
 }
 Status attention(const AttentionParams& params, const Executor& executor) {

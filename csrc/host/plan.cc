@@ -21,7 +21,8 @@ bool has_sm90_kernel(const PlanRequest& request) {
 
 // One kernel serves these stages on CUDA whatever the dtype, so sm80 and simt mean the same.
 bool has_one_cuda_kernel(Stage stage) {
-    return stage == Stage::kBlockSummaries || stage == Stage::kMergeStates;
+    return stage == Stage::kBlockSummaries || stage == Stage::kMergeStates ||
+           stage == Stage::kFarPools;
 }
 
 // Query heads per KV head whose pooled queries fit a warp's 16 rows, or its 32 (block alone).
@@ -103,9 +104,23 @@ Status choose_path(const PlanRequest& request, const DeviceFacts& facts, const P
     return {};
 }
 
+int64_t whole_blocks(int64_t keys) { return ceil_div(keys, kBlockKeys) * kBlockKeys; }
+
+// Anchors and window of a full row, at most. With the far field they are whole blocks, those of the
+// tile's windows together, which may begin and end inside a block.
+int64_t range_keys(const PlanRequest& request) {
+    const Problem& p = request.problem;
+    const int64_t window = p.causal ? p.window : max_i64(2 * p.window - 1, 0);
+    if (!request.far_field) return p.anchors + window;
+    const int64_t span = window > 0 ? window + tile_positions(p.group()) - 1 : 0;
+    const int64_t cut = window > 0 ? kBlockKeys : 0;
+    return whole_blocks(p.anchors) + whole_blocks(span) + cut;
+}
+
 void describe_work(const PlanRequest& request, Plan* plan) {
     const Problem& p = request.problem;
     int group = p.group();
+    if (request.stage == Stage::kFarPools) plan->far_pools = num_far_pools(p.kv_len);
     plan->tile_positions = tile_positions(group);
     plan->tiles = p.batch * p.kv_heads * num_tiles(p.query_len, group);
     bool selects = request.stage == Stage::kAttention || request.stage == Stage::kSelectBlocks ||
@@ -122,8 +137,10 @@ void describe_work(const PlanRequest& request, Plan* plan) {
         plan->selection = Selection::kTokens;
         selected_keys = p.kv_len;  // the thresholds say how many
     } else if (request.stage == Stage::kAttention &&
-               budget_covers(p.ranges(), request.topk, request.selector)) {
-        plan->selection = Selection::kCovered;
+               attends_everything(p.ranges(), p.query_len, request.topk, request.selector)) {
+        plan->selection = budget_covers(p.ranges(), request.topk, request.selector)
+                              ? Selection::kCovered
+                              : Selection::kDense;
         selected_keys = p.kv_len;
     } else if (request.topk > 0) {
         plan->selection = exact ? Selection::kTokens : Selection::kBlocks;
@@ -131,8 +148,10 @@ void describe_work(const PlanRequest& request, Plan* plan) {
         plan->summary_rows = exact ? 0 : summary_rows(request.selector, p.kv_len);
         selected_keys = request.topk;
     }
-    int64_t window_keys = p.causal ? p.window : max_i64(2 * p.window - 1, 0);
-    plan->keys_per_query = min_i64(p.kv_len, p.anchors + window_keys + selected_keys);
+    const bool attends_all =
+        plan->selection == Selection::kCovered || plan->selection == Selection::kDense;
+    if (request.far_field && !attends_all) plan->far_pools = num_far_pools(p.kv_len);
+    plan->keys_per_query = min_i64(p.kv_len, range_keys(request) + selected_keys);
 }
 
 }  // namespace
@@ -167,6 +186,8 @@ const char* stage_name(Stage stage) {
             return "omitted_mass";
         case Stage::kMergeStates:
             return "merge_states";
+        case Stage::kFarPools:
+            return "far_pools";
     }
     return "unknown";
 }
@@ -175,6 +196,8 @@ const char* selection_name(Selection selection) {
     switch (selection) {
         case Selection::kCovered:
             return "covered";
+        case Selection::kDense:
+            return "dense";
         case Selection::kTokens:
             return "tokens";
         case Selection::kBlocks:
@@ -216,11 +239,12 @@ std::string to_string(const Plan& plan) {
     std::snprintf(
         line, sizeof(line),
         "%s: path=%s (%s) selection=%s tiles=%lld x %lld positions list_width=%lld "
-        "summary_rows=%lld keys_per_query<=%lld workspace=%lld bytes",
+        "summary_rows=%lld far_pools=%lld keys_per_query<=%lld workspace=%lld bytes",
         stage_name(plan.stage), path_name(plan.path), plan.reason, selection_name(plan.selection),
         static_cast<long long>(plan.tiles), static_cast<long long>(plan.tile_positions),
         static_cast<long long>(plan.list_width), static_cast<long long>(plan.summary_rows),
-        static_cast<long long>(plan.keys_per_query), static_cast<long long>(plan.workspace_bytes));
+        static_cast<long long>(plan.far_pools), static_cast<long long>(plan.keys_per_query),
+        static_cast<long long>(plan.workspace_bytes));
     return line;
 }
 
@@ -230,6 +254,14 @@ bool is_aligned16(const ConstTensor4& tensor, DType dtype) {
     int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
     return is_aligned16(tensor.data) && tensor.stride_batch * bytes % 16 == 0 &&
            tensor.stride_head * bytes % 16 == 0 && tensor.stride_seq * bytes % 16 == 0;
+}
+
+bool is_aligned16(const FarField& far, DType dtype) {
+    auto rows_of = [](const BlockMeans& means) {
+        return ConstTensor4{means.data, 0, means.stride_head, means.stride_block};
+    };
+    return is_aligned16(rows_of(far.key), dtype) && is_aligned16(rows_of(far.value), dtype) &&
+           is_aligned16(far.sums) && is_aligned16(far.means);
 }
 
 bool is_boxed(const ConstTensor4& tensor, int64_t batch, int64_t heads, int64_t length) {

@@ -25,16 +25,18 @@ enum class Stage : int32_t {
     kAttention = 3,
     kOmittedMass = 4,
     kMergeStates = 5,
+    kFarPools = 6,
 };
 const char* stage_name(Stage stage);
 
 // What decides which keys outside anchors and window are attended.
 enum class Selection : int32_t {
     kCovered = 0,  // the budget reaches every key: attend to all of them
-    kTokens = 1,   // single keys per query and head
-    kBlocks = 2,   // one list of blocks per tile
-    kGiven = 3,    // lists from the caller
-    kNone = 4,     // nothing is selected: topk is 0, or the stage does not select
+    kDense = 1,    // attend to all of them, since selecting would not be faster
+    kTokens = 2,   // single keys per query and head
+    kBlocks = 3,   // one list of blocks per tile
+    kGiven = 4,    // lists from the caller
+    kNone = 5,     // nothing is selected: topk is 0, or the stage does not select
 };
 const char* selection_name(Selection selection);
 
@@ -63,6 +65,7 @@ struct PlanRequest {
     bool given_lists = false;   // block lists are passed in
     int64_t max_blocks = 0;     // their width
     bool given_tokens = false;  // thresholds of select_tokens are passed in
+    bool far_field = false;     // attention works on whole blocks and condenses the others
     bool aligned = true;        // every data pointer and stride is a multiple of 16 bytes
     bool boxed = true;  // no extent above 1 has a stride below 1: the copy engine can read it
 };
@@ -76,7 +79,8 @@ struct Plan {
     int64_t tiles = 0;            // batch * kv_heads * tiles per KV head: the units of work
     int64_t list_width = 0;       // blocks per list
     int64_t summary_rows = 0;     // per KV head; 0 unless blocks are selected
-    int64_t keys_per_query = 0;   // what a full row attends to, at most
+    int64_t far_pools = 0;        // per KV head; 0 without a far field
+    int64_t keys_per_query = 0;   // what a full row attends to one by one, at most
     int64_t workspace_bytes = 0;  // scratch of the block selection; filled in by plan_call
 };
 
@@ -90,6 +94,7 @@ std::string to_string(const Plan& plan);
 
 // Are data and strides multiples of 16 bytes, as the vector loads of the sm80 path need?
 bool is_aligned16(const ConstTensor4& tensor, DType dtype);
+bool is_aligned16(const FarField& far, DType dtype);
 bool is_aligned16(const void* data);
 // Can the copy engine cut boxes out of a [batch, heads, length, D] tensor with these strides?
 bool is_boxed(const ConstTensor4& tensor, int64_t batch, int64_t heads, int64_t length);

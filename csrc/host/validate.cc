@@ -86,6 +86,17 @@ Status check_problem(const char* op, const Problem& p) {
     return {};
 }
 
+// Batch, heads, length, element type and row size of a stage that reads keys without queries.
+template <class Params>
+Status check_keys(const char* op, const Params& p) {
+    Status status = check_dtype(op, p.dtype);
+    if (!status.ok()) return status;
+    if (!is_length(p.batch)) return invalid_size(op, "batch", p.batch);
+    if (!is_length(p.kv_heads)) return invalid_size(op, "kv_heads", p.kv_heads);
+    if (!is_length(p.kv_len)) return invalid_size(op, "kv_len", p.kv_len);
+    return check_head_dim(op, p.head_dim);
+}
+
 Status check_block_selector(const char* op, Selector selector) {
     if (selector == Selector::kBlock || selector == Selector::kQuest || selector == Selector::kMean)
         return {};
@@ -144,6 +155,44 @@ Status check_pointers(const char* op, const NamedPointer (&pointers)[kCount]) {
     return {};
 }
 
+// Means of `blocks` blocks, over all heads; `names` are those of the pointer and of the stride.
+struct MeansNames {
+    const char* data;
+    const char* stride;
+};
+Status check_means(const char* op, MeansNames names, const BlockMeans& means, int64_t blocks,
+                   int64_t head_dim) {
+    if (blocks > 0 && means.stride_block < head_dim)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: %s is %lld, expected at least head_dim (%lld), as rows of means do "
+                           "not overlap; pass the elements from one block's row to the next.",
+                           op, names.stride, static_cast<LL>(means.stride_block),
+                           static_cast<LL>(head_dim));
+    return check_pointer(op, names.data, means.data, blocks * head_dim);
+}
+
+// What attention reads of the far field: means of keys and values, and pools of both.
+Status check_far_field(const char* op, const AttentionParams& p) {
+    if (p.threshold != nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: both far_field and threshold are given, expected at most one, as "
+                           "the far field condenses blocks and thresholds select keys; leave "
+                           "far_field empty.",
+                           op);
+    const int64_t heads = p.problem.batch * p.problem.kv_heads, dim = p.problem.head_dim;
+    const int64_t blocks = heads * num_blocks(p.problem.kv_len);
+    const int64_t pooled = 2 * heads * num_far_pools(p.problem.kv_len) * dim;
+    const FarField& far = p.far_field;
+    Status status =
+        check_means(op, {"far_field.key", "far_field.key.stride_block"}, far.key, blocks, dim);
+    if (!status.ok()) return status;
+    status = check_means(op, {"far_field.value", "far_field.value.stride_block"}, far.value, blocks,
+                         dim);
+    if (!status.ok()) return status;
+    return check_pointers(
+        op, {{"far_field.sums", far.sums, pooled}, {"far_field.means", far.means, pooled}});
+}
+
 }  // namespace
 
 Status validate_budget(int64_t topk, Selector selector) {
@@ -162,12 +211,7 @@ Status validate_budget(int64_t topk, Selector selector) {
 
 Status validate(const BlockSummaryParams& p) {
     const char* op = "block_summaries";
-    Status status = check_dtype(op, p.dtype);
-    if (!status.ok()) return status;
-    if (!is_length(p.batch)) return invalid_size(op, "batch", p.batch);
-    if (!is_length(p.kv_heads)) return invalid_size(op, "kv_heads", p.kv_heads);
-    if (!is_length(p.kv_len)) return invalid_size(op, "kv_len", p.kv_len);
-    status = check_head_dim(op, p.head_dim);
+    Status status = check_keys(op, p);
     if (!status.ok()) return status;
     status = check_block_selector(op, p.selector);
     if (!status.ok()) return status;
@@ -217,6 +261,20 @@ Status validate(const TokenSelectParams& p) {
                                {"tie_index", p.tie_index, n.rows}});
 }
 
+Status validate(const FarPoolsParams& p) {
+    const char* op = "far_pools";
+    Status status = check_keys(op, p);
+    if (!status.ok()) return status;
+    const int64_t heads = p.batch * p.kv_heads;
+    const int64_t blocks = heads * num_blocks(p.kv_len);
+    status = check_means(op, {"key", "key.stride_block"}, p.key, blocks, p.head_dim);
+    if (!status.ok()) return status;
+    status = check_means(op, {"value", "value.stride_block"}, p.value, blocks, p.head_dim);
+    if (!status.ok()) return status;
+    const int64_t pooled = 2 * heads * num_far_pools(p.kv_len) * p.head_dim;
+    return check_pointers(op, {{"sums", p.sums, pooled}, {"means", p.means, pooled}});
+}
+
 Status validate(const AttentionParams& p) {
     const char* op = "attention";
     Status status = check_problem(op, p.problem);
@@ -239,6 +297,10 @@ Status validate(const AttentionParams& p) {
                            "%s: both block_indices and threshold are given, expected at most one "
                            "selection; drop one of them.",
                            op);
+    if (p.far_field.key.given()) {
+        status = check_far_field(op, p);
+        if (!status.ok()) return status;
+    }
     int64_t keys = n.rows == 0 ? 0 : n.key;
     return check_pointers(op,
                           {{"query", p.query.data, n.query},

@@ -10,6 +10,7 @@ namespace condensate {
 Status validate(const BlockSummaryParams& params);
 Status validate(const BlockSelectParams& params);
 Status validate(const TokenSelectParams& params);
+Status validate(const FarPoolsParams& params);
 Status validate(const AttentionParams& params);
 Status validate(const OmittedMassParams& params);
 Status validate(const MergeStatesParams& params);

@@ -17,6 +17,7 @@ struct LaunchContext {
 
 Status block_summary(const BlockSummaryParams& params, const LaunchContext& context);
 Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
+Status far_pools_cuda(const FarPoolsParams& params, const LaunchContext& context);
 
 // sm90: wgmma, in builds with CONDENSATE_WITH_SM90A. sm80: mma.sync, float16 and bfloat16. simt:
 // FFMA, every dtype; the only path of float32.

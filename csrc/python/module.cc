@@ -84,13 +84,14 @@ Stage parse_stage(const std::string& name) {
                          {"select_tokens", Stage::kSelectTokens},
                          {"attention", Stage::kAttention},
                          {"omitted_mass", Stage::kOmittedMass},
-                         {"merge_states", Stage::kMergeStates}});
+                         {"merge_states", Stage::kMergeStates},
+                         {"far_pools", Stage::kFarPools}});
 }
 
 std::string plan(const std::string& stage, int64_t batch, int64_t query_heads, int64_t kv_heads,
                  int64_t query_len, int64_t kv_len, int64_t head_dim, const std::string& dtype,
                  int64_t window, int64_t anchors, int64_t topk, const std::string& selector,
-                 bool causal, int device_index) {
+                 bool causal, bool far_field, int device_index) {
     if (kv_heads < 1 || query_heads < 1 || query_heads % kv_heads != 0)
         throw py::value_error("query_heads is " + std::to_string(query_heads) +
                               " and kv_heads is " + std::to_string(kv_heads) +
@@ -101,6 +102,7 @@ std::string plan(const std::string& stage, int64_t batch, int64_t query_heads, i
                        head_dim,           window, anchors,     causal,   1.0f};
     request.selector = parse_selector(selector);
     request.topk = topk;
+    request.far_field = far_field;
     Policy policy;
     Plan result;
     check(policy_from_environment(&policy));
@@ -119,7 +121,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("query_heads"), py::arg("kv_heads"), py::arg("query_len"), py::arg("kv_len"),
           py::arg("head_dim"), py::arg("dtype") = "bfloat16", py::arg("window") = 256,
           py::arg("anchors") = 64, py::arg("topk") = 1728, py::arg("selector") = "block",
-          py::arg("causal") = true, py::arg("device_index") = -1,
+          py::arg("causal") = true, py::arg("far_field") = false, py::arg("device_index") = -1,
           "One line: which path a call with these shapes takes, why, and how its work is cut. "
           "device_index -1 plans for the CPU.");
 }

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "reference/access.h"
+#include "reference/far_field.h"
 #include "reference/reference.h"
 
 namespace condensate::reference {
@@ -11,21 +12,26 @@ namespace {
 template <class Acc>
 constexpr Acc kMinusInfinity = -std::numeric_limits<Acc>::infinity();
 
-// Softmax over the scores of one row's support, then the weighted values.
+// What enters a row's softmax: a key, or a pool of the far field, whose score counts its keys.
+template <class Acc>
+struct Term {
+    Acc score;
+    Row value;
+};
+
+// Softmax over the terms of one row, then the weighted values.
 template <class Acc>
 struct RowState {
     explicit RowState(int64_t dim) : sum_values(static_cast<size_t>(dim)) {}
 
-    void run(const AttentionParams& params, int64_t b, int64_t h, const std::vector<int64_t>& keys,
-             const std::vector<Acc>& scores) {
-        for (Acc score : scores)
-            if (score > max || score != score) max = score;
-        for (size_t n = 0; n < keys.size(); ++n) {
-            Acc weight = std::exp(scores[n] - max);
-            Row value = row_of(params.value, params.problem.dtype, b, h, keys[n]);
+    void run(const std::vector<Term<Acc>>& terms) {
+        for (const Term<Acc>& term : terms)
+            if (term.score > max || term.score != term.score) max = term.score;
+        for (const Term<Acc>& term : terms) {
+            Acc weight = std::exp(term.score - max);
             sum += weight;
             for (size_t d = 0; d < sum_values.size(); ++d)
-                sum_values[d] += weight * static_cast<Acc>(value[static_cast<int64_t>(d)]);
+                sum_values[d] += weight * static_cast<Acc>(term.value[static_cast<int64_t>(d)]);
         }
     }
 
@@ -40,9 +46,16 @@ bool is_selected(const AttentionParams& params, int64_t row, int64_t key, float 
            (score == params.threshold[row] && key <= params.tie_index[row]);
 }
 
+// What the rows of a tile share: the blocks of which they attend every visible key, and the pools
+// that stand for others.
+struct TileBlocks {
+    std::vector<char> whole;  // a flag per block
+    std::vector<CondensedPool> pools;
+};
+
 template <class Acc>
 void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
-                const std::vector<char>& listed) {
+                const TileBlocks& blocks) {
     const Problem& p = params.problem;
     const Ranges ranges = p.ranges();
     const int64_t kv_head = h / p.group();
@@ -50,29 +63,48 @@ void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
     const int64_t position = query_position(i, p.query_len, p.kv_len);
     const Row query = row_of(params.query, p.dtype, b, h, i);
 
-    std::vector<int64_t> keys;
-    std::vector<Acc> scores;
+    std::vector<Term<Acc>> terms;
     for (int64_t j = 0; j < p.kv_len; ++j) {
         if (!is_visible(ranges, position, j)) continue;
         Row key = row_of(params.key, p.dtype, b, kv_head, j);
         Acc score = static_cast<Acc>(p.scale) * dot<Acc>(query, key, p.head_dim);
         // Selection compares float32 scores, as select_tokens does.
-        bool selected = listed[static_cast<size_t>(j / kBlockKeys)] != 0 ||
+        bool selected = blocks.whole[static_cast<size_t>(j / kBlockKeys)] != 0 ||
                         is_selected(params, row, j, static_cast<float>(score));
         if (!in_support(ranges, position, j, selected)) continue;
-        keys.push_back(j);
-        scores.push_back(score);
+        terms.push_back({score, row_of(params.value, p.dtype, b, kv_head, j)});
+    }
+    for (const CondensedPool& pool : blocks.pools) {
+        Acc score = static_cast<Acc>(p.scale) * dot<Acc>(query, pool.key, p.head_dim);
+        terms.push_back({score + std::log(static_cast<Acc>(pool.keys)),
+                         {DType::kFloat32, pool.value.data(), 0}});
     }
 
     RowState<Acc> state(p.head_dim);
-    state.run(params, b, kv_head, keys, scores);
-    const bool empty = state.max == kMinusInfinity<Acc>;  // no key, or none of nonzero weight
+    state.run(terms);
+    const bool empty = state.max == kMinusInfinity<Acc>;  // no term, or none of nonzero weight
     for (int64_t d = 0; d < p.head_dim; ++d) {
         Acc out = empty ? 0 : state.sum_values[static_cast<size_t>(d)] / state.sum;
         store_number(p.dtype, params.out, row * p.head_dim + d, static_cast<float>(out));
     }
     if (params.lse != nullptr)
         params.lse[row] = static_cast<float>(empty ? state.max : state.max + std::log(state.sum));
+}
+
+void add_range(BlockRange range, std::vector<char>* blocks) {
+    for (int64_t block = range.begin; block < range.end; ++block)
+        (*blocks)[static_cast<size_t>(block)] = 1;
+}
+
+// With the far field a tile attends whatever it walks in whole blocks, and condenses the rest.
+template <class Acc>
+void add_far_field(const AttentionParams& params, int64_t b, int64_t kv, int64_t tile,
+                   TileBlocks* blocks) {
+    const Problem& p = params.problem;
+    const TileSpan span = tile_span(tile, tile_positions(p.group()), p.query_len, p.kv_len);
+    add_range(anchor_blocks(p.ranges(), span), &blocks->whole);
+    add_range(window_blocks(p.ranges(), span), &blocks->whole);
+    blocks->pools = condense<Acc>(params, b, kv, span, blocks->whole);
 }
 
 }  // namespace
@@ -102,19 +134,21 @@ void attention(const AttentionParams& params, uint32_t* errors) {
     const int group = p.group();
     const int64_t positions = tile_positions(group), tiles = num_tiles(p.query_len, group);
     const bool has_lists = params.max_blocks > 0 && params.block_indices != nullptr;
-    std::vector<char> listed(static_cast<size_t>(num_blocks(p.kv_len)), 0);
+    const std::vector<char> none(static_cast<size_t>(num_blocks(p.kv_len)), 0);
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t kv = 0; kv < p.kv_heads; ++kv)
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 int64_t list = (b * p.kv_heads + kv) * tiles + tile;
+                TileBlocks blocks{none, {}};
                 if (has_lists)
-                    listed = listed_blocks(params.block_indices + list * params.max_blocks,
-                                           params.block_counts[list], params.max_blocks,
-                                           num_blocks(p.kv_len), errors);
+                    blocks.whole = listed_blocks(params.block_indices + list * params.max_blocks,
+                                                 params.block_counts[list], params.max_blocks,
+                                                 num_blocks(p.kv_len), errors);
+                if (params.far_field.key.given()) add_far_field<Acc>(params, b, kv, tile, &blocks);
                 int64_t end = min_i64((tile + 1) * positions, p.query_len);
                 for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
                     for (int64_t i = tile * positions; i < end; ++i)
-                        attend_row<Acc>(params, b, h, i, listed);
+                        attend_row<Acc>(params, b, h, i, blocks);
             }
 }
 

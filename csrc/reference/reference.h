@@ -17,6 +17,8 @@ void select_blocks(const BlockSelectParams& params);
 template <class Acc>
 void select_tokens(const TokenSelectParams& params);
 template <class Acc>
+void far_pools(const FarPoolsParams& params);
+template <class Acc>
 void attention(const AttentionParams& params, uint32_t* errors);
 template <class Acc>
 void omitted_mass(const OmittedMassParams& params, uint32_t* errors);

@@ -1,13 +1,15 @@
 // attention, attention_forward and block_sparse_attention. The first two are one composition:
-// everything when the budget covers the keys, else selection by tokens or by blocks, then
-// attention.
+// everything when the budget covers the keys, else selection by tokens or by blocks, the far field
+// where it is wanted, then attention.
 #include <torch/csrc/stable/ops.h>
 
 #include "condensate/condensate.h"
 #include "torch/exact_estimate.h"
+#include "torch/far_field.h"
 #include "torch/ops.h"
 #include "torch/policy.h"
 #include "torch/scratch.h"
+#include "torch/summaries.h"
 #include "torch/tensor_args.h"
 
 namespace condensate::ops {
@@ -19,14 +21,15 @@ struct Call {
     const Tensor& query;
     Selector selector;
     int64_t topk;
+    bool far_field;
     Executor executor;
     AttentionParams attention;
 };
 
 Call checked_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const Mask& mask, Selector selector, int64_t topk) {
+                  const Mask& mask, Selector selector, int64_t topk, bool far_field) {
     const Argument q{op, "query", query}, k{op, "key", key}, v{op, "value", value};
-    Call call{op, query, selector, topk, {}, {}};
+    Call call{op, query, selector, topk, far_field, {}, {}};
     call.attention.query = view4(q);
     call.attention.key = view4(k);
     call.attention.value = view4(v);
@@ -97,32 +100,24 @@ void attend_selected_blocks(Call& call, const Details& details) {
     select.selector = call.selector;
     select.query = call.attention.query;
     select.max_blocks = call.topk / kBlockKeys;
+    const FarFieldStages far_field(p, /*makes_key_means=*/call.selector == Selector::kQuest);
 
-    const int64_t heads = p.batch * p.kv_heads;
-    const int64_t tiles = heads * num_tiles(p.query_len, p.group());
-    const int64_t summary_elements = heads * summary_rows(call.selector, p.kv_len) *
-                                     summary_dim(call.selector, static_cast<int>(p.head_dim));
+    const int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
     Scratch scratch;
-    const int64_t summaries =
-        scratch.reserve(summary_elements * static_cast<int64_t>(call.query.element_size()));
+    const int64_t summaries = scratch.reserve(summary_elements(p, call.selector) *
+                                              static_cast<int64_t>(call.query.element_size()));
     const int64_t indices =
         scratch.reserve(tiles * select.max_blocks * static_cast<int64_t>(sizeof(int32_t)));
     const int64_t counts = scratch.reserve(tiles * static_cast<int64_t>(sizeof(int32_t)));
-    const int64_t workspace = scratch.reserve(block_select_workspace_bytes(select, call.executor));
+    // The selection's workspace, which the far field takes over once the lists exist.
+    const int64_t workspace =
+        scratch.reserve(max_i64(block_select_workspace_bytes(select, call.executor),
+                                call.far_field ? far_field.bytes() : 0));
     scratch.allocate(call.op, call.query);
 
-    BlockSummaryParams summary;
-    summary.dtype = p.dtype;
-    summary.batch = p.batch;
-    summary.kv_heads = p.kv_heads;
-    summary.kv_len = p.kv_len;
-    summary.head_dim = p.head_dim;
-    summary.selector = call.selector;
-    summary.key = call.attention.key;
-    summary.summaries = scratch.pointer<void>(summaries);
-    check_status(condensate::block_summaries(summary, call.executor));
-
-    select.summaries = summary.summaries;
+    make_summaries(p, call.selector, call.attention.key, scratch.pointer<void>(summaries),
+                   call.executor);
+    select.summaries = scratch.pointer<void>(summaries);
     select.block_indices = scratch.pointer<int32_t>(indices);
     select.block_counts = scratch.pointer<int32_t>(counts);
     select.workspace = scratch.pointer<void>(workspace);
@@ -133,6 +128,22 @@ void attend_selected_blocks(Call& call, const Details& details) {
     call.attention.block_indices = select.block_indices;
     call.attention.block_counts = select.block_counts;
     call.attention.max_blocks = select.max_blocks;
+    if (call.far_field)
+        far_field.run(scratch.pointer<void>(workspace),
+                      means_among(call.selector, select.summaries, p), call.executor,
+                      &call.attention);
+    check_status(condensate::attention(call.attention, call.executor));
+}
+
+void attend_given_lists(Call& call) {
+    Scratch scratch;
+    if (call.far_field) {
+        check_status(validate(call.attention));  // before stages that would report it as theirs
+        const FarFieldStages stages(call.attention.problem, /*makes_key_means=*/true);
+        const int64_t memory = scratch.reserve(stages.bytes());
+        scratch.allocate(call.op, call.query);
+        stages.run(scratch.pointer<void>(memory), {}, call.executor, &call.attention);
+    }
     check_status(condensate::attention(call.attention, call.executor));
 }
 
@@ -141,26 +152,28 @@ void attend(Call& call, const Details& details) {
     // Before the composition changes ranges or sizes scratch by them.
     check_status(validate(call.attention));
     const Problem& p = call.attention.problem;
-    if (budget_covers(p.ranges(), call.topk, call.selector))
+    if (attends_everything(p.ranges(), p.query_len, call.topk, call.selector))
         return attend_everything(call, details);
     if (call.selector == Selector::kExact) return attend_selected_tokens(call, details);
     return attend_selected_blocks(call, details);
 }
 
 Call policy_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                 const Mask& mask, int64_t topk, const std::optional<double>& top_p, bool far_field,
-                 const std::string& selector_name) {
+                 const Mask& mask, int64_t topk, const std::optional<double>& top_p,
+                 const std::optional<bool>& far_field, const std::string& selector_name) {
     const Selector selector = parse_selector(op, selector_name);
-    check_available(op, top_p, far_field);
+    check_available(op, top_p);
+    const bool condenses = resolve_far_field(op, far_field, selector);
     check_budget(op, topk, selector);
-    return checked_call(op, query, key, value, mask, selector, topk);
+    return checked_call(op, query, key, value, mask, selector, topk, condenses);
 }
 
 }  // namespace
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t window,
-                 int64_t anchors, int64_t topk, std::optional<double> top_p, bool far_field,
-                 std::string selector, bool causal, std::optional<double> scale) {
+                 int64_t anchors, int64_t topk, std::optional<double> top_p,
+                 std::optional<bool> far_field, std::string selector, bool causal,
+                 std::optional<double> scale) {
     Call call = policy_call("attention", query, key, value, {window, anchors, causal, scale}, topk,
                             top_p, far_field, selector);
     Tensor out = allocate_out(call);
@@ -168,12 +181,10 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
-                                                     const Tensor& value, int64_t window,
-                                                     int64_t anchors, int64_t topk,
-                                                     std::optional<double> top_p, bool far_field,
-                                                     std::string selector, bool causal,
-                                                     std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
+    int64_t topk, std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
+    bool causal, std::optional<double> scale) {
     Call call = policy_call("attention_forward", query, key, value,
                             {window, anchors, causal, scale}, topk, top_p, far_field, selector);
     Tensor out = allocate_out(call);
@@ -189,9 +200,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                                                   int64_t anchors, bool far_field, bool causal,
                                                   std::optional<double> scale) {
     const char* op = "block_sparse_attention";
-    check_available(op, std::nullopt, far_field);
-    Call call =
-        checked_call(op, query, key, value, {window, anchors, causal, scale}, Selector::kBlock, 0);
+    Call call = checked_call(op, query, key, value, {window, anchors, causal, scale},
+                             Selector::kBlock, 0, far_field);
     const Problem& p = call.attention.problem;
     const int64_t tiles = num_tiles(p.query_len, p.group());
     if (block_indices.dim() != 4)
@@ -210,7 +220,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
     Tensor out = allocate_out(call);
     Tensor lse = allocate_rows(call, ScalarType::Float);
     call.attention.lse = static_cast<float*>(lse.mutable_data_ptr());
-    check_status(condensate::attention(call.attention, call.executor));
+    attend_given_lists(call);
     return {out, lse};
 }
 

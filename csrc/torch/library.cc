@@ -8,11 +8,11 @@
 STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "attention(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
-        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool far_field=False, "
+        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool? far_field=None, "
         "str selector=\"block\", bool causal=True, float? scale=None) -> Tensor");
     m.def(
         "attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
-        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool far_field=False, "
+        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool? far_field=None, "
         "str selector=\"block\", bool causal=True, float? scale=None) "
         "-> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
     m.def("block_summaries(Tensor key, *, str selector=\"block\") -> Tensor");

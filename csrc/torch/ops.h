@@ -13,15 +13,14 @@ namespace condensate::ops {
 using torch::stable::Tensor;
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t window,
-                 int64_t anchors, int64_t topk, std::optional<double> top_p, bool far_field,
-                 std::string selector, bool causal, std::optional<double> scale);
+                 int64_t anchors, int64_t topk, std::optional<double> top_p,
+                 std::optional<bool> far_field, std::string selector, bool causal,
+                 std::optional<double> scale);
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward(const Tensor& query, const Tensor& key,
-                                                     const Tensor& value, int64_t window,
-                                                     int64_t anchors, int64_t topk,
-                                                     std::optional<double> top_p, bool far_field,
-                                                     std::string selector, bool causal,
-                                                     std::optional<double> scale);
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
+    int64_t topk, std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
+    bool causal, std::optional<double> scale);
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& block_indices,

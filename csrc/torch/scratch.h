@@ -9,17 +9,29 @@
 
 namespace condensate::ops {
 
+// Where arrays lie in memory that holds all of them.
+class Layout {
+  public:
+    // Reserves `bytes` and returns their offset.
+    int64_t reserve(int64_t bytes) {
+        const int64_t offset = bytes_;
+        bytes_ = ceil_div(offset + bytes, kAlignmentBytes) * kAlignmentBytes;
+        return offset;
+    }
+    int64_t bytes() const { return bytes_; }
+
+  private:
+    static constexpr int64_t kAlignmentBytes = 256;
+    int64_t bytes_ = 0;
+};
+
 class Scratch {
   public:
     // Reserves `bytes`; the offset is for pointer() once allocate() was called.
-    int64_t reserve(int64_t bytes) {
-        const int64_t offset = total_bytes_;
-        total_bytes_ = ceil_div(offset + bytes, kAlignmentBytes) * kAlignmentBytes;
-        return offset;
-    }
+    int64_t reserve(int64_t bytes) { return layout_.reserve(bytes); }
     void allocate(const char* op, const Tensor& like) {
-        if (total_bytes_ > 0)
-            storage_.emplace(ops::allocate(op, like, {total_bytes_}, ScalarType::Byte));
+        if (layout_.bytes() > 0)
+            storage_.emplace(ops::allocate(op, like, {layout_.bytes()}, ScalarType::Byte));
     }
     template <typename T>
     T* pointer(int64_t offset) const {
@@ -28,8 +40,7 @@ class Scratch {
     }
 
   private:
-    static constexpr int64_t kAlignmentBytes = 256;
-    int64_t total_bytes_ = 0;
+    Layout layout_;
     std::optional<Tensor> storage_;
 };
 

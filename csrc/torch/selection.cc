@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
         fail(op,
              "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
              "single keys: use select_tokens.");
-    check_available(op, top_p, false);
+    check_available(op, top_p);
     check_budget(op, topk, params.selector);
     params.query = view4(query_argument);
     view4(summary_argument);

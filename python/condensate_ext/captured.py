@@ -19,12 +19,15 @@ HEAD = 1  # a head that looks the statement up, the one worth drawing
 
 @dataclass(frozen=True)
 class CapturedLayer:
+    """One layer of a text; the shapes in brackets are those of the shipped one."""
+
     query: Tensor  # [1, 8, 1024, 128] float32, positions encoded: the last queries of the text
     key: Tensor  # [1, 2, 6144, 128] float32
     value: Tensor  # [1, 2, 6144, 128] float32
     model: str
     layer: int
-    statement: tuple[int, int]  # half-open range of keys: the line that the last query asks for
+    # half-open range of keys: the line that the last query asks for; None where it asks for none
+    statement: tuple[int, int] | None
 
 
 def _dequantise(arrays: Any, name: str) -> Tensor:

@@ -20,9 +20,16 @@ def _demo(arguments: list[str]) -> int:
     return demo.main(arguments)
 
 
+def _evaluate(arguments: list[str]) -> int:
+    from condensate_ext.evaluate import command
+
+    return command.main(arguments)
+
+
 COMMANDS = {
     "doctor": (_doctor, "show versions, devices and what is missing, and check one operator"),
     "demo": (_demo, "show on a real model what is attended and what that saves"),
+    "evaluate": (_evaluate, "compare a language model with itself under dense attention"),
 }
 
 

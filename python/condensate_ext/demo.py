@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condensate_ext import captured
 from condensate_ext.captured import CapturedLayer
+from condensate_ext.evaluate.policies import ANCHORS, SELECTORS, WINDOW, policy
 from condensate_ext.ops import (
     attention,
     attention_forward,
@@ -35,7 +36,6 @@ from condensate_ext.ops import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-WINDOW, ANCHORS = 256, 64
 # (selector, keys per query in all)
 LAYER_CASES = (
     ("block", 512),
@@ -65,12 +65,6 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(times[1:])
 
 
-def policy(selector: str, keys: int) -> dict[str, Any]:
-    """Keyword arguments of :func:`condensate_ext.attention` for ``keys`` per query in all."""
-    topk = keys - WINDOW - ANCHORS
-    return {"window": WINDOW, "anchors": ANCHORS, "topk": topk, "selector": selector}
-
-
 def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """torch's attention for queries that are the last of the keys' positions."""
     if query.shape[2] == key.shape[2]:
@@ -82,8 +76,14 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
+def relative_error(out: Tensor, dense: Tensor) -> float:
+    error: Tensor = (out.float() - dense.float()).norm() / dense.float().norm()
+    return error.item()
+
+
 def keys_per_query(layer: CapturedLayer, selector: str, keys: int) -> float:
-    """Keys that a query attends, on average: with queries of 0 every key adds 1 to exp(lse)."""
+    """Keys that a query attends, on average, without far field: with queries of 0 every key adds 1
+    to exp(lse)."""
     if selector == "exact":
         return float(keys)  # every query of the layer has more keys than the budget
     lists = select_blocks(
@@ -115,6 +115,7 @@ def layer_table(layer: CapturedLayer) -> Table:
         "omitted, estimated",
         "omitted, audited",
         "error",
+        "with far field",
     )
     table.add_column("attention")
     for column in columns:
@@ -122,13 +123,13 @@ def layer_table(layer: CapturedLayer) -> Table:
     dense = dense_attention(layer.query, layer.key, layer.value)
     dense_ms = milliseconds(lambda: dense_attention(layer.query, layer.key, layer.value), device)
     visible = keys - (queries - 1) / 2
-    table.add_row("dense (torch)", f"{visible:.0f}", f"{dense_ms:.1f}", "1.0x", "0", "0", "0")
+    table.add_row("dense (torch)", f"{visible:.0f}", f"{dense_ms:.1f}", "1.0x", "0", "0", "0", "0")
     for selector, budget in LAYER_CASES:
         arguments = (layer.query, layer.key, layer.value)
         options = policy(selector, budget)
-        out, lse, estimate = attention_forward(*arguments, **options)
+        out, lse, estimate = attention_forward(*arguments, **options, far_field=False)
         audited = omitted_mass(layer.query, layer.key, lse)
-        error = (out.float() - dense.float()).norm() / dense.float().norm()
+        condensed = None if selector == "exact" else attention(*arguments, **options)
         ms = milliseconds(lambda o=options, a=arguments: attention(*a, **o), device)  # type: ignore[misc]
         table.add_row(
             selector,
@@ -137,7 +138,8 @@ def layer_table(layer: CapturedLayer) -> Table:
             f"{dense_ms / ms:.1f}x",
             f"{estimate.mean().item():.3f}",
             f"{audited.mean().item():.3f}",
-            f"{error.item():.3f}",
+            f"{relative_error(out, dense):.3f}",
+            "-" if condensed is None else f"{relative_error(condensed, dense):.3f}",
         )
     return table
 
@@ -210,10 +212,13 @@ def run_layer(options: argparse.Namespace) -> int:
         )
         console.print(layer_table(replace(shipped, query=query, key=key, value=value)))
         console.print(
+            "ms: the default, with far field where there is one.\n"
             "omitted: softmax mass outside the attended keys, as the selection estimates it and as "
-            "scoring every key measures it.\nerror: norm of the difference to dense attention's "
-            "output, relative.\ndense: scaled_dot_product_attention with a mask, as the queries "
-            "are the last of the text."
+            "scoring every key measures it.\n"
+            "error: norm of the difference to dense attention's output, relative, without the far "
+            "field and with it.\n"
+            "dense: scaled_dot_product_attention with a mask, as the queries are the last of the "
+            "text."
         )
         if device.type == "cuda":
             console.print(long_table(device))
@@ -230,7 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     model.add_argument("--text", type=Path, help="text file; default: sources of Python's library")
     model.add_argument("--context", type=int, help="tokens; default: 4096, on a GPU 32768")
     model.add_argument("--keys", type=int, nargs="+", default=[1024, 2048], help="keys per query")
-    model.add_argument("--selector", default="block", choices=("block", "quest", "mean", "exact"))
+    model.add_argument("--selector", default="block", choices=SELECTORS)
     model.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
     model.add_argument("--decode", type=int, help="tokens compared one query at a time")
     model.add_argument("--new-tokens", type=int, default=64, help="tokens generated greedily")

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condensate_ext import demo, evaluate
-from condensate_ext.evaluate import Policy
+from condensate_ext import evaluate
+from condensate_ext.evaluate import Policy, covering, keys_per_query, policy
 
 _NEEDLE_DISTANCE = 24576  # tokens; farther than that small models fail densely too
 
@@ -64,14 +64,19 @@ def _fidelity_table(setup: _Setup, policies: list[Policy]) -> Any:
         table.add_column(column)
     for column in columns:
         table.add_column(column, justify="right")
-    decoded = evaluate.compare_decode(setup.model, setup.ids, policies, setup.decode_tokens)
-    prefilled = [evaluate.compare_prefill(setup.model, setup.ids, policy) for policy in policies]
+    decoded = [
+        result
+        for (result,) in evaluate.compare_decode(
+            setup.model, setup.ids, policies, setup.decode_tokens
+        )
+    ]
+    prefilled = [evaluate.compare_prefill(setup.model, setup.ids, p) for p in policies]
     for run, results in (("prefill", prefilled), ("decode", decoded)):
-        for policy, result in zip(policies, results, strict=True):
+        for applied, result in zip(policies, results, strict=True):
             table.add_row(
                 run,
-                policy["selector"],
-                str(policy["window"] + policy["anchors"] + policy["topk"]),
+                applied["selector"],
+                str(keys_per_query(applied)),
                 str(result.tokens),
                 f"{100 * result.top1:.1f} %",
                 f"{result.kl:.4f}",
@@ -86,34 +91,33 @@ def _needle_lines(setup: _Setup, policies: list[Policy], count: int) -> list[str
     distance = min(_NEEDLE_DISTANCE, setup.context)
     document = evaluate.hide_needles(setup.tokenizer, setup.text, needles, setup.context, distance)
     lines = []
-    for policy in (None, *policies):
-        share = evaluate.ask_needles(
-            setup.model, setup.tokenizer, document, needles, policy, setup.context
+    for applied in (None, *policies):
+        answers = evaluate.ask_needles(
+            setup.model, setup.tokenizer, document, needles, applied, setup.context
         )
-        name = "dense" if policy is None else _name(policy)
-        lines.append(f"  {name:<24}{share * count:.0f} of {count}")
+        name = "dense" if applied is None else _name(applied)
+        lines.append(f"  {name:<24}{sum(answer.first for answer in answers)} of {count}")
     return ["Needles, first answer token right, question in the last tile:", *lines]
 
 
-def _name(policy: Policy) -> str:
-    return f"{policy['selector']}, {policy['window'] + policy['anchors'] + policy['topk']} keys"
+def _name(applied: Policy) -> str:
+    return f"{applied['selector']}, {keys_per_query(applied)} keys"
 
 
 def _generation_lines(setup: _Setup, policies: list[Policy], new_tokens: int) -> list[str]:
     """Greedy continuations: prefill and every step through the op."""
     prompt = setup.ids[:, : setup.context - new_tokens]
-    covering = {"topk": (setup.context + 63) // 64 * 64, "selector": policies[0]["selector"]}
-    runs: list[tuple[str, Policy | None]] = [("dense", None), ("budget >= context", covering)]
-    runs += [(_name(policy), policy) for policy in policies]
+    whole = covering(setup.context, policies[0]["selector"])
+    runs: list[tuple[str, Policy | None]] = [("dense", None), ("budget >= context", whole)]
+    runs += [(_name(applied), applied) for applied in policies]
     lines, dense = [], None
-    for name, policy in runs:
+    for name, applied in runs:
         began = time.perf_counter()
-        tokens = evaluate.greedy_tokens(setup.model, prompt, new_tokens, policy)
+        tokens = evaluate.greedy_tokens(setup.model, prompt, new_tokens, applied)
         seconds = time.perf_counter() - began
         dense = tokens if dense is None else dense
-        equal = [a == b for a, b in zip(dense, tokens, strict=True)]
-        identical = equal.index(False) if False in equal else len(equal)
-        text = setup.tokenizer.decode(tokens[:16])
+        (identical,) = evaluate.identical_prefix(dense, tokens)
+        text = setup.tokenizer.decode(tokens[0, :16])
         lines.append(f"  {name:<24}{identical:>4} of {new_tokens}  {seconds:6.1f} s  {text!r}")
     return ["Greedy continuation, tokens identical to dense before the first difference:", *lines]
 
@@ -128,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         console.print(f"--model needs transformers ({error}): `pip install transformers` adds it.")
         return 1
-    policies = [demo.policy(options.selector, keys) for keys in options.keys]
+    policies = [policy(options.selector, keys) for keys in options.keys]
     console.print(_fidelity_table(setup, policies))
     sections = [_generation_lines(setup, policies, options.new_tokens)]
     if options.needles:

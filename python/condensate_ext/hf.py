@@ -14,12 +14,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from condensate_ext.ops import attention
+
+AttentionFunction = Callable[..., Tensor]
 
 _names = (f"condensate_{index}" for index in itertools.count())
 
@@ -71,10 +74,10 @@ def _check_mask(
         )
 
 
-def _attention_function(policy: dict[str, Any]) -> Callable[..., tuple[Tensor, None]]:
-    """The function that transformers calls in every layer, with one policy bound to it."""
+def _hook(compute: AttentionFunction) -> Callable[..., tuple[Tensor, None]]:
+    """The function that transformers calls in every layer: refuses, then computes."""
 
-    def condensate_attention(
+    def replaced(
         module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
@@ -94,35 +97,31 @@ def _attention_function(policy: dict[str, Any]) -> Callable[..., tuple[Tensor, N
         for name, what in _UNSUPPORTED.items():
             if kwargs.get(name) is not None:
                 _refuse(f"{what} ({name})", "use a model without it")
-        out = attention(query, key, value, scale=scaling, **policy)
+        out = compute(query, key, value, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # transformers wants [B, L, H, D]
 
-    return condensate_attention
+    return replaced
 
 
 @contextmanager
-def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
-    """Lets every attention layer of ``model`` run :func:`condensate_ext.attention` meanwhile.
-
-    A cache that was filled densely may be continued inside, and the other way round.
+def replaced_attention(model: Any, compute: AttentionFunction) -> Iterator[None]:
+    """Lets every attention layer of ``model`` call ``compute`` meanwhile, in the order of layers.
 
     Args:
         model: a transformers model that supports ``set_attn_implementation``, in eval mode.
-        policy: ``window``, ``anchors``, ``topk``, ``selector`` and further keyword arguments of
-            :func:`condensate_ext.attention`, except ``causal`` and ``scale``, which the model sets.
+        compute: ``compute(query, key, value, *, scale)`` for causal attention; query
+            ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, Lk, D]`` with positions encoded, in the
+            model's dtype, the last query at the last key; returns ``[B, Hq, Lq, D]``.
 
     Raises:
-        TypeError: ``causal`` or ``scale`` was given.
         NotImplementedError: from the forward pass, when it needs what this hook cannot compute.
         RuntimeError: the model does not go through transformers' attention interface.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    if taken := {"causal", "scale"} & policy.keys():
-        raise TypeError(f"condensed_attention: {sorted(taken)} come from the model; leave them out")
     name = next(_names)
     before = model.config._attn_implementation
-    AttentionInterface.register(name, _attention_function(policy))
+    AttentionInterface.register(name, _hook(compute))
     AttentionMaskInterface.register(name, _check_mask)
     try:
         model.set_attn_implementation(name)
@@ -136,3 +135,26 @@ def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
+
+
+@contextmanager
+def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
+    """Lets every attention layer of ``model`` run :func:`condensate_ext.attention` meanwhile.
+
+    A cache that was filled densely may be continued inside, and the other way round.
+
+    Args:
+        model: a transformers model that supports ``set_attn_implementation``, in eval mode.
+        policy: ``window``, ``anchors``, ``topk``, ``selector``, ``far_field`` and further keyword
+            arguments of :func:`condensate_ext.attention`, except ``causal`` and ``scale``, which
+            the model sets.
+
+    Raises:
+        TypeError: ``causal`` or ``scale`` was given.
+        NotImplementedError: from the forward pass, when it needs what this hook cannot compute.
+        RuntimeError: the model does not go through transformers' attention interface.
+    """
+    if taken := {"causal", "scale"} & policy.keys():
+        raise TypeError(f"condensed_attention: {sorted(taken)} come from the model; leave them out")
+    with replaced_attention(model, partial(attention, **policy)):
+        yield

@@ -1,4 +1,5 @@
-"""The user functions: attention over anchors, a window and the keys that matter most.
+"""The user functions: attention over anchors, a window and the keys that matter most, with the
+rest condensed.
 
 The idea of attending to a few anchors, a local window and the highest-scoring remaining keys is
 that of https://arxiv.org/abs/2602.06317; docs/architecture.md has the exact definition used here.
@@ -47,15 +48,20 @@ def attention(
     anchors: int = 64,
     topk: int = 1728,
     top_p: float | None = None,
-    far_field: bool = False,
+    far_field: bool | None = None,
     selector: Selector = "block",
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax attention of every query over anchors, window and selected keys.
+    """Softmax attention of every query over anchors, window and selected keys, the rest condensed.
 
     Each query attends the first ``anchors`` keys, the last ``window`` keys up to its own position,
-    and ``topk`` further keys, each key once. A budget that reaches every key gives dense attention.
+    and ``topk`` further keys, each key once. With the far field the keys before them that it does
+    not attend enter its softmax too, by their means: up to 128 pools of consecutive 64-key blocks,
+    each as one term that weighs as much as it has keys. That is an approximation, which leaves
+    nothing out. A budget that reaches every key gives dense attention, and so do the block
+    selectors from 1,024 keys on where selecting would not be faster: where an average query sees at
+    most 5/4 of the keys that it would attend (in a causal prefill, up to 2.5 times the budget).
 
     Args:
         query: ``[B, Hq, Lq, D]``.
@@ -66,7 +72,10 @@ def attention(
         anchors: first keys of the sequence, attended by every query that may see them. 0 for none.
         topk: keys selected beside them; for the block selectors a multiple of 64.
         top_p: not yet available, must be None.
-        far_field: not yet available, must be False.
+        far_field: True condenses what is not attended, and attends the blocks of anchors, window
+            and list as a whole, also keys outside a query's own window; False leaves it out. None
+            is True for the selectors that list blocks and False for ``"exact"``, which has no far
+            field.
         selector: ``"block"`` ranks 64-key blocks by their estimated softmax mass, one list for a
             tile of up to 64 queries of the heads that share a KV head; ``"quest"`` (min/max
             bounds) and ``"mean"`` rank them otherwise; ``"exact"`` takes the highest-scoring keys
@@ -107,12 +116,12 @@ def attention_forward(
     anchors: int = 64,
     topk: int = 1728,
     top_p: float | None = None,
-    far_field: bool = False,
+    far_field: bool | None = None,
     selector: Selector = "block",
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention`, with its log-sum-exp and how much softmax mass it left out.
+    """:func:`attention`, with its log-sum-exp and how much softmax mass it did not attend.
 
     Args: as for :func:`attention`.
 
@@ -120,12 +129,16 @@ def attention_forward(
         A tuple of
 
         * ``out``: ``[B, Hq, Lq, D]``, contiguous, in the query's dtype.
-        * ``lse``: ``[B, Hq, Lq]`` float32, natural log of the sum of ``exp(scale * q·k)`` over the
-          attended keys.
+        * ``lse``: ``[B, Hq, Lq]`` float32, natural log of the sum of ``exp(scale * q·k)`` over
+          everything that entered the softmax: the attended keys and, with the far field, ``n *
+          exp(scale * q·mean)`` for every pool of ``n`` condensed keys. The far field only adds what
+          the keys' own terms add at least, so it never exceeds that of dense attention by more
+          than rounding.
         * ``omitted_mass_estimate``: ``[B, Hq, Lq]`` float32 in [0, 1], the share of the full
-          softmax that was not attended. Estimated from the block scores, at no cost, for the block
-          selectors; exact up to rounding for ``"exact"``; 0 where the budget reaches every key.
-          :func:`omitted_mass` measures it.
+          softmax outside anchors, window and selected keys, whether it was left out or condensed.
+          Estimated from the block scores, at no cost, for the block selectors; exact up to rounding
+          for ``"exact"``; 0 where the budget reaches every key. :func:`omitted_mass` measures it
+          from the log-sum-exp of a call with ``far_field=False``.
 
     Raises: as for :func:`attention`.
     """
@@ -277,7 +290,8 @@ def block_sparse_attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over anchors, window and the listed 64-key blocks.
+    """Softmax attention over anchors, window and the listed 64-key blocks, the rest optionally
+    condensed.
 
     Lists may come from :func:`select_blocks` or from anywhere else: every visible key of a listed
     block is attended, once. An entry that is out of range or not ascending is skipped, a count
@@ -292,13 +306,14 @@ def block_sparse_attention(
         block_counts: ``[B, Hkv, T]`` int32, contiguous.
         window: as for :func:`attention`.
         anchors: as for :func:`attention`.
-        far_field: not yet available, must be False.
+        far_field: True condenses what is not attended, as for :func:`attention`, and attends
+            anchors and window in whole blocks; False leaves it out.
         causal: as for :func:`attention`.
         scale: as for :func:`attention`; any finite number.
 
     Returns:
         A tuple of ``out`` ``[B, Hq, Lq, D]`` in the query's dtype and ``lse`` ``[B, Hq, Lq]``
-        float32.
+        float32, over everything that entered the softmax.
 
     Raises:
         ValueError: an argument is invalid.
@@ -331,10 +346,15 @@ def omitted_mass(
 ) -> Tensor:
     """Measures how much softmax mass an attention left out, by scoring every visible key.
 
+    It audits a support: pass the log-sum-exp of a call with ``far_field=False``. That of the far
+    field also holds the condensed keys, by a bound from below of their mass, so against it only
+    what this bound misses would be measured.
+
     Args:
         query: ``[B, Hq, Lq, D]``.
         key: ``[B, Hkv, Lk, D]``.
-        lse: ``[B, Hq, Lq]`` float32, contiguous: the log-sum-exp that the attention returned.
+        lse: ``[B, Hq, Lq]`` float32, contiguous: the log-sum-exp that the attention without far
+            field returned.
         rows: ``[R]`` int64, the query indices to audit, in any order; all of them when None. An
             index out of range gives NaN and is told by :func:`condensate_ext.read_error_word`.
         causal: as in the audited call.

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include <gtest/gtest.h>
+
 #include "condensate/condensate.h"
 #include "host/number.h"
 
@@ -133,6 +135,10 @@ struct Call {
             p.threshold = threshold.data();
             p.tie_index = tie_index.data();
         }
+        if (!pool_sums.empty()) {
+            p.far_field = {means_of(key_means), means_of(value_means), pool_sums.data(),
+                           pool_means.data()};
+        }
         return p;
     }
     float out_at(int64_t row, int64_t d) const {
@@ -171,6 +177,36 @@ struct Call {
         return p;
     }
 
+    // The pools over this call's block means, which are made here. Attention then condenses.
+    FarPoolsParams far_pools() {
+        Tensor* const sources[] = {&key, &value};
+        std::vector<unsigned char>* const targets[] = {&key_means, &value_means};
+        for (int which : {0, 1}) {
+            BlockSummaryParams p = block_summaries(Selector::kMean);
+            p.key = sources[which]->view;
+            EXPECT_TRUE(condensate::block_summaries(p, Executor{}).ok());
+            *targets[which] = summaries;
+        }
+        const int64_t count =
+            2 * problem.batch * problem.kv_heads * num_far_pools(problem.kv_len) * problem.head_dim;
+        pool_sums.assign(static_cast<size_t>(count), NAN);
+        pool_means.assign(static_cast<size_t>(count * dtype_bytes(problem.dtype)), 0xff);
+        FarPoolsParams p;
+        p.dtype = problem.dtype;
+        p.batch = problem.batch;
+        p.kv_heads = problem.kv_heads;
+        p.kv_len = problem.kv_len;
+        p.head_dim = problem.head_dim;
+        p.key = means_of(key_means);
+        p.value = means_of(value_means);
+        p.sums = pool_sums.data();
+        p.means = pool_means.data();
+        return p;
+    }
+    BlockMeans means_of(const std::vector<unsigned char>& rows) const {
+        return {rows.data(), num_blocks(problem.kv_len) * problem.head_dim, problem.head_dim};
+    }
+
     BlockSelectParams select_blocks(Selector selector, int64_t width) {
         max_blocks = width;
         block_indices.assign(static_cast<size_t>(lists() * width), -7);
@@ -206,9 +242,9 @@ struct Call {
     Problem problem;
     Tensor query, key, value;
     int64_t max_blocks = 0;
-    std::vector<unsigned char> out, summaries;
+    std::vector<unsigned char> out, summaries, key_means, value_means, pool_means;
     std::vector<int32_t> block_indices, block_counts, tie_index;
-    std::vector<float> lse, threshold, lse_full, estimate, omitted;
+    std::vector<float> lse, threshold, lse_full, estimate, omitted, pool_sums;
     std::vector<int64_t> sampled;
 };
 

@@ -51,6 +51,12 @@ TEST(Dispatch, EveryStageRunsOnBothCpuPaths) {
         EXPECT_EQ(last_plan().selection, Selection::kBlocks);
         ASSERT_TRUE(attention(call.attention(), executor).ok());
         EXPECT_EQ(last_plan().selection, Selection::kGiven);
+        EXPECT_EQ(last_plan().far_pools, 0);
+        ASSERT_TRUE(far_pools(call.far_pools(), executor).ok());
+        EXPECT_EQ(last_plan().stage, Stage::kFarPools);
+        EXPECT_EQ(last_plan().far_pools, 5);
+        ASSERT_TRUE(attention(call.attention(), executor).ok());
+        EXPECT_EQ(last_plan().far_pools, 5);
         ASSERT_TRUE(omitted_mass(call.omitted_mass(), executor).ok());
         ASSERT_TRUE(select_tokens(call.select_tokens(9), executor).ok());
         EXPECT_STREQ(path_name(last_plan().path), path);
@@ -176,6 +182,7 @@ TEST(Dispatch, EmptyProblemsWriteNothing) {
     EXPECT_TRUE(select_blocks(no_keys.select_blocks(Selector::kBlock, 2), threaded()).ok());
     EXPECT_EQ(no_keys.block_counts, std::vector<int32_t>{0});
     EXPECT_EQ(no_keys.block_indices, (std::vector<int32_t>{-1, -1}));
+    EXPECT_TRUE(far_pools(no_keys.far_pools(), threaded()).ok());
     EXPECT_TRUE(attention(no_keys.attention(), threaded()).ok());
     EXPECT_EQ(no_keys.lse, std::vector<float>(3, -INFINITY));
     EXPECT_EQ(no_keys.out_at(2, 7), 0.0f);

@@ -135,7 +135,7 @@ TEST(Plan, HalfPrecisionUsesMmaWhereItCan) {
 }
 
 TEST(Plan, StagesWithOneCudaKernelIgnoreTheChoice) {
-    for (Stage stage : {Stage::kBlockSummaries, Stage::kMergeStates}) {
+    for (Stage stage : {Stage::kBlockSummaries, Stage::kFarPools, Stage::kMergeStates}) {
         PlanRequest request = request_of(stage, DType::kFloat32);
         request.aligned = false;
         EXPECT_EQ(plan_of(request, hopper()).path, Path::kSimt);
@@ -196,11 +196,52 @@ TEST(Plan, SelectionFollowsTheBudget) {
               Selection::kNone);
 }
 
+TEST(Plan, AttendsToEverythingWhereThatIsFaster) {
+    PlanRequest request = request_of(Stage::kAttention, DType::kBFloat16);
+    auto selection_at = [&](int64_t query_len, int64_t kv_len) {
+        request.problem.query_len = query_len;
+        request.problem.kv_len = kv_len;
+        return plan_of(request, {}).selection;
+    };
+    // 2048 keys a row; an average row of a causal prefill sees half of them.
+    EXPECT_EQ(selection_at(5120, 5120), Selection::kDense);
+    EXPECT_EQ(selection_at(5121, 5121), Selection::kBlocks);
+    EXPECT_EQ(selection_at(1, 2560), Selection::kDense);
+    EXPECT_EQ(selection_at(1, 2561), Selection::kBlocks);
+    request.topk = 128;
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kDense);
+    EXPECT_EQ(selection_at(1023, 1023), Selection::kBlocks);
+    request.problem.causal = false;  // 704 keys, and every row sees all
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kBlocks);
+    request.problem.causal = true;
+    request.selector = Selector::kExact;
+    EXPECT_EQ(selection_at(1024, 1024), Selection::kTokens);
+}
+
+TEST(Plan, FarFieldAttendsWholeBlocksAndCondensesTheRest) {
+    PlanRequest request = request_of(Stage::kAttention, DType::kFloat32);
+    request.far_field = true;
+    EXPECT_EQ(plan_of(request, {}).far_pools, 128);
+    // 32 positions with windows of 256 touch at most 6 blocks.
+    EXPECT_EQ(plan_of(request, {}).keys_per_query, 64 + 6 * 64 + 1728);
+    request.problem.kv_len = 8193;
+    EXPECT_EQ(plan_of(request, {}).far_pools, 65);
+    request.problem.window = 0;
+    request.problem.anchors = 65;
+    EXPECT_EQ(plan_of(request, {}).keys_per_query, 128 + 1728);
+    request.problem.kv_len = 1000;
+    EXPECT_EQ(plan_of(request, {}).selection, Selection::kCovered);
+    EXPECT_EQ(plan_of(request, {}).far_pools, 0);
+    EXPECT_EQ(plan_of(request, {}).keys_per_query, 1000);
+    EXPECT_EQ(plan_of(request_of(Stage::kFarPools, DType::kFloat16), {}).far_pools, 128);
+}
+
 TEST(Plan, PrintsOneLine) {
     EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16),
                                 hopper_with_its_kernels())),
               "attention: path=sm90 (half precision, aligned, sm 9.0) selection=blocks "
-              "tiles=128 x 32 positions list_width=27 summary_rows=2688 keys_per_query<=2048 "
+              "tiles=128 x 32 positions list_width=27 summary_rows=2688 far_pools=0 "
+              "keys_per_query<=2048 "
               "workspace=0 bytes");
 }
 
@@ -233,6 +274,16 @@ TEST(Plan, AlignmentLooksAtPointersAndStridesInBytes) {
     tensor.data = memory + 8;
     EXPECT_FALSE(is_aligned16(tensor, DType::kFloat32));
     EXPECT_TRUE(is_aligned16(ConstTensor4{}, DType::kFloat32));
+
+    const BlockMeans means = {memory, 64, 8};
+    alignas(16) float sums[4];
+    FarField far = {means, means, sums, memory};
+    EXPECT_TRUE(is_aligned16(far, DType::kFloat16));
+    far.means = memory + 8;
+    EXPECT_FALSE(is_aligned16(far, DType::kFloat16));
+    far = {means, {memory, 64, 12}, sums, memory};
+    EXPECT_FALSE(is_aligned16(far, DType::kFloat16));
+    EXPECT_TRUE(is_aligned16(far, DType::kFloat32));
 }
 
 }  // namespace

@@ -39,6 +39,51 @@ TEST(Validate, GoodCallsPass) {
     EXPECT_TRUE(validate(MergeStatesParams{DType::kFloat32, 0, 8}).ok());
 }
 
+TEST(Validate, FarField) {
+    Call call = valid_call();
+    const FarPoolsParams pools = call.far_pools();
+    EXPECT_TRUE(validate(pools).ok());
+    EXPECT_TRUE(validate(call.attention()).ok());
+    auto pools_after = [&](auto change) {
+        FarPoolsParams params = pools;
+        change(params);
+        return message_of(params);
+    };
+    EXPECT_EQ(pools_after([](auto& p) { p.value.stride_block = 63; }),
+              "far_pools: value.stride_block is 63, expected at least head_dim (64), as rows of "
+              "means do not overlap; pass the elements from one block's row to the next.");
+    EXPECT_EQ(pools_after([](auto& p) { p.key.data = nullptr; }),
+              "far_pools: key is null, expected a pointer to 256 elements; allocate it.");
+    EXPECT_EQ(pools_after([](auto& p) { p.sums = nullptr; }),
+              "far_pools: sums is null, expected a pointer to 512 elements; allocate it.");
+    EXPECT_EQ(pools_after([](auto& p) { p.kv_heads = -1; }),
+              "far_pools: kv_heads is -1, expected 0 <= kv_heads < 2^31; split the call.");
+
+    auto attention_after = [&](auto change) {
+        AttentionParams params = call.attention();
+        change(params);
+        return message_of(params);
+    };
+    EXPECT_EQ(attention_after([](auto& p) { p.far_field.value = {}; }),
+              "attention: far_field.value.stride_block is 0, expected at least head_dim (64), as "
+              "rows of means do not overlap; pass the elements from one block's row to the next.");
+    EXPECT_EQ(attention_after([](auto& p) { p.far_field.means = nullptr; }),
+              "attention: far_field.means is null, expected a pointer to 512 elements; allocate "
+              "it.");
+    float number = 0;
+    int32_t index = 0;
+    EXPECT_EQ(attention_after([&](auto& p) {
+                  p.threshold = &number;
+                  p.tie_index = &index;
+              }),
+              "attention: both far_field and threshold are given, expected at most one, as the far "
+              "field condenses blocks and thresholds select keys; leave far_field empty.");
+    AttentionParams without = call.attention();
+    without.far_field.key.data = nullptr;
+    without.far_field.sums = nullptr;
+    EXPECT_TRUE(validate(without).ok()) << "without key means there is no far field to check";
+}
+
 TEST(Validate, EmptyTensorsMayBeNull) {
     AttentionParams params;
     params.problem.query_heads = params.problem.kv_heads = 1;

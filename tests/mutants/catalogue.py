@@ -23,6 +23,9 @@ TIES = "test_block_selection.py ties_go"
 SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
+FAR = "test_far_field.py group_sizes or window_and_anchor"
+FAR_POOLS = "test_far_field.py pool_borders and 0-130"
+FAR_REFERENCE = "test_far_field.py edges_on_every_path and 64-2-1"
 
 CPU = (
     Mutant(
@@ -78,7 +81,7 @@ CPU = (
         "block_skipped",
         "cpu/attention.cc",
         "if (cover == BlockCover::kNone && !has_threshold()) return;",
-        "if ((cover == BlockCover::kNone && !has_threshold()) || step.block == 2) return;",
+        "if ((cover == BlockCover::kNone && !has_threshold()) || block == 2) return;",
         EDGES,
     ),
     Mutant(
@@ -91,8 +94,9 @@ CPU = (
     Mutant(
         "scale_off_by_a_thousandth",
         "cpu/attention.cc",
-        "panels, p_.scale, s_.scores)",
-        "panels, p_.scale * 1.001f, s_.scores)",
+        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);\n        if",
+        "ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale * 1.001f, s_.scores);\n"
+        "        if",
         TILES,
     ),
     Mutant(
@@ -234,6 +238,83 @@ CPU = (
         "unit[d] /= static_cast<float>(count);",
         "unit[d] /= static_cast<float>(count > 2 ? (count + 3) / 4 * 4 : count);",
         "test_block_selection.py summaries",
+    ),
+    Mutant(
+        "walked_block_condensed_too",
+        "cpu/far_tile.h",
+        "part.walked.end = std::lower_bound(part.walked.begin, walked_.end, part.end);",
+        "part.walked.end = part.walked.begin;",
+        FAR,
+    ),
+    Mutant(
+        "far_window_of_keys_not_blocks",
+        "cpu/attention.cc",
+        "visit(step.block, step.listed || has_far_field());",
+        "visit(step.block, step.listed);",
+        FAR,
+    ),
+    Mutant(
+        "far_end_one_block_early",
+        "include/condensate/far_field.h",
+        "(t.first + 1) / kBlockKeys;",
+        "t.first / kBlockKeys;",
+        FAR,
+    ),
+    Mutant(
+        "pool_weighs_one_key",
+        "cpu/attention.cc",
+        "keys[n] > 0 ? scores[row] + bias : -INFINITY;",
+        "keys[n] > 0 ? scores[row] + 0 * bias : -INFINITY;",
+        FAR,
+    ),
+    Mutant(
+        "cut_pool_dropped",
+        "cpu/far_tile.h",
+        "return ceil_div(far_end_, width_);",
+        "return far_end_ / width_;",
+        FAR_POOLS,
+    ),
+    Mutant(
+        "cut_pool_by_the_sum_of_all_its_blocks",
+        "cpu/far_tile.h",
+        "if (!part.whole || !subtract_walked(",
+        "if (!subtract_walked(",
+        FAR_POOLS,
+    ),
+    Mutant(
+        "pool_mean_over_walked_keys_too",
+        "cpu/far_tile.h",
+        "part.keys -= block_keys(p_.kv_len, *block);",
+        "part.keys -= 0;",
+        FAR_POOLS,
+    ),
+    Mutant(
+        "last_pool_of_whole_blocks",
+        "cpu/far_pools.cc",
+        "min_i64(end * kBlockKeys, p.kv_len) - begin * kBlockKeys",
+        "(end - begin) * kBlockKeys",
+        FAR,
+    ),
+    Mutant(
+        "infinite_pool_sum_taken_apart",
+        "cpu/far_tile.h",
+        "if (!ops_.load_rows(DType::kFloat32, sums, 0, 1, dim, row, dim)) return false;",
+        "ops_.load_rows(DType::kFloat32, sums, 0, 1, dim, row, dim);",
+        "test_far_field.py minus_infinity",
+    ),
+    Mutant(
+        "reference_condenses_walked_blocks",
+        "reference/far_field.cc",
+        "if (walked[static_cast<size_t>(block)] == 0) blocks.push_back(block);",
+        "if (walked[static_cast<size_t>(block)] <= 1) blocks.push_back(block);",
+        FAR_REFERENCE,
+    ),
+    Mutant(
+        "far_field_of_a_middle_mean",
+        "torch/far_field.cc",
+        "level.first_row * p.head_dim",
+        "(level.first_row - (level.first_row > 0)) * p.head_dim",
+        "test_far_field.py head_dims_and_selectors and block",
     ),
     Mutant(
         "merge_without_the_sum",

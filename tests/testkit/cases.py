@@ -34,6 +34,7 @@ class Case:
     topk: int = 64
     causal: bool = True
     scale: float | None = None
+    far_field: bool = False
     selector: str = "lists"  # of the ops, or "lists" and "hostile": the caller gives lists
     content: str = "normal"  # or "integers": small ones in query and key
     layouts: tuple[str, str, str] = ("contiguous", "contiguous", "contiguous")
@@ -56,6 +57,11 @@ class Case:
             "causal": self.causal,
             "scale": self.scale,
         }
+
+    @property
+    def attention_args(self) -> dict[str, object]:
+        """range_args for the ops that attend."""
+        return {**self.range_args, "far_field": self.far_field}
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """query, key, value in their layouts."""
@@ -122,11 +128,15 @@ def from_seed(seed: int, device: str) -> Case:
     given = selector in ("lists", "hostile")
     # A selector has work to do only where its budget and the ranges are short for the keys.
     tight = not given and rng.random() < 0.75
+    far_field = selector != "exact" and rng.random() < 0.5
+    # Above 128 blocks the pools of the far field hold more than one.
+    deep = far_field and rng.random() < 0.15
     # Above 64 eligible blocks the scan of `block` has a shortlist to make.
     long = tight and selector == "block" and rng.random() < 0.5
     group = rng.choice([1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16, 32, 64])
     query_len, kv_len = _length(rng), rng.randint(300, 1500) if tight else _length(rng, 700)
     kv_len = rng.randint(66 * BLOCK_KEYS, 100 * BLOCK_KEYS) if long else kv_len
+    kv_len = rng.randint(128 * BLOCK_KEYS, 300 * BLOCK_KEYS) if deep else kv_len
     if rng.random() < 0.4:
         query_len = min(query_len, kv_len)
     kv_heads, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
@@ -157,6 +167,7 @@ def from_seed(seed: int, device: str) -> Case:
         anchors=anchors,
         topk=topk * rng.choice([1, 13, 40]) if selector == "exact" else topk * BLOCK_KEYS,
         causal=rng.random() < 0.7,
+        far_field=far_field,
         scale=INTEGER_SCALE if integers else rng.choice(scales),
         selector=selector,
         content="integers" if integers else "normal",

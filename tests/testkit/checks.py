@@ -9,9 +9,10 @@ import condensate_ext  # noqa: F401  (registers the ops)
 import torch
 from torch import Tensor
 
-from tests.testkit import markers, oracle, selection
+from tests.testkit import far_field, markers, oracle, selection
 from tests.testkit.cases import Case
 from tests.testkit.definition import (
+    COARSE,
     listed_blocks,
     support_of_lists,
     support_of_pairs,
@@ -60,10 +61,12 @@ def _check_given_lists(case: Case) -> Outcome:
     indices, counts = case.lists()
 
     def run(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = ops.block_sparse_attention(q, key, v, indices, counts, **case.range_args)
+        out, lse = ops.block_sparse_attention(q, key, v, indices, counts, **case.attention_args)
         return out, lse
 
     listed, _ = listed_blocks(indices, counts, case.kv_len)
+    if case.far_field:
+        return _check_condensing(case, run, listed, (query, key, value))
     support = support_of_lists(case.ranges, listed, case.query_heads)
     return _check_attention(case, run, support, (query, key, value))
 
@@ -85,6 +88,48 @@ def _check_attention(
     return Outcome(used, found.numel())
 
 
+def _check_condensing(
+    case: Case, run: Run, listed: Tensor, qkv: tuple[Tensor, Tensor, Tensor]
+) -> Outcome:
+    """Attended keys and, in pools, the keys of every other block that a tile sees in full."""
+    query, key, value = qkv
+    division = far_field.divide(case.ranges, listed, case.query_heads)
+    out, lse = run(query, value)
+    assert out.is_contiguous() and out.dtype == case.dtype
+    reference = far_field.attention(
+        query, key, value, division, far_field_means(case, key, value), case.scale
+    )
+    used = oracle.assert_matches(reference, out, lse)
+    return Outcome(used, _check_counts(case, run, division, query, value))
+
+
+def far_field_means(case: Case, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of blocks that a call condenses by, as the ops round them."""
+    means = ops.block_summaries(value, selector="mean")
+    if case.selector != "block":
+        return ops.block_summaries(key, selector="mean"), means
+    summaries = ops.block_summaries(key, selector="block")
+    return selection.level_of(summaries, "block", COARSE), means
+
+
+def _check_counts(
+    case: Case, run: Run, division: far_field.Division, query: Tensor, value: Tensor
+) -> int:
+    """With queries of 0 all keys that count, attended or condensed, weigh the same: each is in the
+    softmax exactly once, and nothing else is."""
+    keys, silent = _probe_keys(case), torch.zeros_like(query)
+    total = division.counted.sum(-1).double()
+    lse = run(silent, value)[1]
+    assert torch.equal(lse == -torch.inf, total == 0)
+    assert ((lse.double() - total.log()).abs()[total > 0] < 2e-5).all(), "the weights do not add up"
+    share = markers.weights(lambda marked: run(silent, marked)[0], value, keys)
+    counted = division.counted[..., keys].double()
+    error = (share * total[..., None] - counted).abs()
+    # A mean, its pool's mean and the output are rounded.
+    assert (error <= 4 * oracle.UNIT_ROUNDOFF[case.dtype] + 1e-4).all(), "not each key once"
+    return share.numel()
+
+
 def _check_block_selector(case: Case) -> Outcome:
     query, key, value = case.tensors()
     summaries = ops.block_summaries(key, selector=case.selector)
@@ -102,9 +147,14 @@ def _check_block_selector(case: Case) -> Outcome:
     )
     chosen = selection.check_lists(scores, indices, counts, case.topk // 64)
     out, lse, estimate = ops.attention_forward(
-        query, key, value, topk=case.topk, selector=case.selector, **case.range_args
+        query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
     )
     selection.check_estimate(scores, estimate, chosen, case.topk // 64)
+    if case.far_field:
+        division = far_field.divide(case.ranges, chosen, case.query_heads)
+        means = far_field_means(case, key, value)
+        reference = far_field.attention(query, key, value, division, means, case.scale)
+        return Outcome(oracle.assert_matches(reference, out, lse))
     support = support_of_lists(case.ranges, chosen, case.query_heads)
     reference = oracle.attention(query, key, value, support, case.scale)
     return Outcome(oracle.assert_matches(reference, out, lse))
@@ -115,7 +165,7 @@ def _check_exact(case: Case) -> Outcome:
 
     def run(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, lse, estimate = ops.attention_forward(
-            query, key, v, topk=case.topk, selector="exact", **case.range_args
+            query, key, v, topk=case.topk, selector="exact", **case.attention_args
         )
         return out, lse, estimate
 

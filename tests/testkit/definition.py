@@ -79,6 +79,10 @@ class Ranges:
         """[T, blocks]: does the block hold anchors or window keys of some query of the tile?"""
         return self._any_of_tile(self.always(), group)
 
+    def seen_by_all(self, group: int) -> Tensor:
+        """[T, blocks]: does every query of the tile see every key of the block?"""
+        return ~self._any_of_tile(~self.visible(), group)
+
     def _any_of_tile(self, pairs: Tensor, group: int) -> Tensor:
         tile = torch.arange(self.query_len, device=self.device) // tile_positions(group)
         tiles = ceil_div(self.query_len, tile_positions(group))

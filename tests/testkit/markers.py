@@ -1,4 +1,4 @@
-"""Marker probe: with V one-hot at chosen keys, an output is nonzero exactly if its key counted.
+"""Marker probe: with V one-hot at chosen keys, an output shows how much its key counted.
 
 A tolerance can hide one dropped key among thousands; this cannot.
 """
@@ -21,11 +21,16 @@ def attended(attend: Attend, like: Tensor, keys: Tensor) -> Tensor:
 
     `like` is a value tensor; `attend` runs the op under test on values of its shape and dtype.
     """
+    return weights(attend, like, keys) != 0
+
+
+def weights(attend: Attend, like: Tensor, keys: Tensor) -> Tensor:
+    """[B, Hq, Lq, len(keys)] float64: the softmax weight of each of `keys` in each row."""
     found = []
     for chunk in keys.split(like.shape[-1]):
         value = torch.zeros_like(like, memory_format=torch.contiguous_format)
         value[:, :, chunk, torch.arange(len(chunk), device=like.device)] = MARK
-        found.append(attend(value)[..., : len(chunk)] != 0)
+        found.append(attend(value)[..., : len(chunk)].double() / MARK)
     return torch.cat(found, dim=-1)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.testkit import oracle, selection
+from tests.testkit import far_field, oracle, selection
 from tests.testkit.definition import (
     BLOCK_KEYS,
     Ranges,
     listed_blocks,
+    spread_to_rows,
     support_of_lists,
     support_of_pairs,
 )
@@ -20,7 +21,7 @@ from tests.testkit.definition import (
 FAULTS = (
     "window_edge", "anchor_edge", "diagonal", "alignment", "drop_one_key", "double_count",
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
-    "shortlist", "refinement",
+    "shortlist", "refinement", "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
 )  # fmt: skip
 
 
@@ -58,11 +59,49 @@ class NaiveOps:
         out = prob @ oracle.expand_heads(value, query.shape[1]).float()
         return out.to(query.dtype), lse - (0.01 if self.fault == "no_lse_term" else 0.0)
 
+    def _condense(  # type: ignore[no-untyped-def]
+        self, query, key, value, ranges, listed, means, scale
+    ):
+        """Every pool as one more key of each row, whose score counts the keys it stands for."""
+        kv_len, heads = key.shape[2], query.shape[1]
+        division = far_field.divide(ranges, listed, heads)
+        condensed = division.condensed
+        if self.fault == "far_end":  # one block short
+            condensed = condensed & condensed.roll(-1, -1)
+        if self.fault == "pool_twice":
+            condensed = condensed | listed & (condensed.any(-1, keepdim=True))
+        if self.fault == "pool_border" and condensed.shape[-1] > 2:
+            condensed = condensed.clone()
+            condensed[..., 2] = False
+        division = far_field.Division(
+            division.walked, condensed, division.attended, division.counted
+        )
+        rows = [far_field.pool_rows(m, division, kv_len).mean for m in means]
+        pooled_key, pooled_value = (r.to(query.dtype).float() for r in rows)
+        pooled_value = pooled_value * (1.03 if self.fault == "pool_value" else 1.0)
+        count = far_field.count_keys(division, kv_len).float()
+        tiles = far_field.Tiles(query, key.shape[1])
+        factor = oracle.default_scale(query.shape[-1]) if scale is None else scale
+        score = factor * (query.float() @ oracle.expand_heads(key, heads).float().mT)
+        far = factor * tiles.times(query.float(), pooled_key.mT)
+        rows_count = spread_to_rows(count, heads, query.shape[2])
+        far = far + (rows_count.clamp(max=1) if self.fault == "pool_weight" else rows_count).log()
+        terms = torch.cat([score.masked_fill(~division.attended, -torch.inf), far], -1)
+        lse = torch.logsumexp(terms, -1)
+        prob = torch.where(terms > -torch.inf, (terms - lse[..., None]).exp(), 0.0)
+        of_keys, of_pools = prob.split([kv_len, far.shape[-1]], -1)
+        out = of_keys @ oracle.expand_heads(value, heads).float()
+        out = out + tiles.times(of_pools, pooled_value)
+        return out.to(query.dtype), lse
+
     def block_sparse_attention(  # type: ignore[no-untyped-def]
-        self, query, key, value, indices, counts, *, window, anchors, causal, scale
+        self, query, key, value, indices, counts, *, window, anchors, far_field, causal, scale
     ):
         ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
         listed, _ = listed_blocks(indices, counts, key.shape[2])
+        if far_field:
+            means = [self.block_summaries(t, selector="mean") for t in (key, value)]
+            return self._condense(query, key, value, ranges, listed, means, scale)
         support = support_of_lists(ranges, listed, query.shape[1])
         return self._attend(query, key, value, support, scale)
 
@@ -119,7 +158,7 @@ class NaiveOps:
         return threshold, tie.masked_fill(few, 2**31 - 1).int()
 
     def attention_forward(  # type: ignore[no-untyped-def]
-        self, query, key, value, *, topk, selector, window, anchors, causal, scale
+        self, query, key, value, *, topk, selector, window, anchors, far_field, causal, scale
     ):
         args = {"window": window, "anchors": anchors, "causal": causal, "scale": scale}
         ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
@@ -139,5 +178,9 @@ class NaiveOps:
         scores = selection.Scores(query, units, ranges, selector, scale)
         budget = topk // BLOCK_KEYS
         estimate, _ = selection.estimated_omission(scores, chosen, budget)
+        if far_field:
+            means = [self.block_summaries(t, selector="mean") for t in (key, value)]
+            state = self._condense(query, key, value, ranges, chosen, means, scale)
+            return *state, estimate.float()
         support = support_of_lists(ranges, chosen, query.shape[1])
         return *self._attend(query, key, value, support, scale), estimate.float()

@@ -11,6 +11,7 @@ int64_t block_select_workspace_bytes(const BlockSelectParams& params, const Exec
 Status block_summaries(const BlockSummaryParams& params, const Executor& executor);
 Status select_blocks(const BlockSelectParams& params, const Executor& executor);
 Status select_tokens(const TokenSelectParams& params, const Executor& executor);
+Status far_pools(const FarPoolsParams& params, const Executor& executor);
 Status attention(const AttentionParams& params, const Executor& executor);
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);

@@ -222,6 +222,23 @@ CONDENSATE_HOST_DEVICE bool budget_covers(const Ranges& r, int64_t topk, Selecto
     return topk / unit >= max_candidates(r, selector);
 }
 
+// Is attending to everything at least as fast as selecting? Measured on Hopper
+// (docs/ablations.md): when an average row sees at most a quarter more keys than it would attend.
+// Short contexts, where launches are all that counts, select as they are told.
+constexpr int64_t kDenseFromKeys = 1024;
+CONDENSATE_HOST_DEVICE bool dense_is_faster(const Ranges& r, int64_t query_len, int64_t topk,
+                                            Selector selector) {
+    if (selector == Selector::kExact || r.kv_len < kDenseFromKeys) return false;
+    const int64_t attended = r.anchors + (r.causal ? r.window : 2 * r.window) + topk;
+    const int64_t seen = r.causal ? r.kv_len - min_i64(query_len, r.kv_len) / 2 : r.kv_len;
+    return 4 * seen <= 5 * attended;
+}
+// Does attention() attend to everything?
+CONDENSATE_HOST_DEVICE bool attends_everything(const Ranges& r, int64_t query_len, int64_t topk,
+                                               Selector selector) {
+    return budget_covers(r, topk, selector) || dense_is_faster(r, query_len, topk, selector);
+}
+
 // Is summary unit `unit` visible to a pooled query whose last position is p? Its last key decides.
 CONDENSATE_HOST_DEVICE bool is_unit_visible(const Ranges& r, int64_t p, int64_t unit, int keys) {
     int64_t first = unit * keys;

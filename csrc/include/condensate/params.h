@@ -1,10 +1,12 @@
 // One plain struct of parameters per stage: every pointer with its shape and who may leave it null.
 // B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, Lq queries, Lk keys, D head_dim,
-// T = num_tiles(Lq, G), U = summary_rows(selector, Lk), Ds = summary_dim(selector, D).
+// T = num_tiles(Lq, G), U = summary_rows(selector, Lk), Ds = summary_dim(selector, D),
+// N = num_blocks(Lk), P = num_far_pools(Lk).
 #pragma once
 
 #include <cstdint>
 
+#include "condensate/far_field.h"
 #include "condensate/geometry.h"
 #include "condensate/types.h"
 
@@ -53,6 +55,35 @@ struct BlockSelectParams {
     void* workspace = nullptr;               // block_select_workspace_bytes(); null where that is 0
 };
 
+// One mean row a block, rounded to dtype: row n of a head is the mean over keys of block n.
+struct BlockMeans {
+    const void* data = nullptr;  // [B, Hkv, N, D] with the strides below, dtype
+    int64_t stride_head = 0;     // elements, between KV heads of all batches
+    int64_t stride_block = 0;    // elements
+
+    CONDENSATE_HOST_DEVICE bool given() const { return data != nullptr; }
+};
+
+// Means of blocks -> pools of the far field, sums and means over whole pools.
+struct FarPoolsParams {
+    DType dtype = DType::kFloat32;
+    int64_t batch = 0;
+    int64_t kv_heads = 0;
+    int64_t kv_len = 0;
+    int64_t head_dim = 0;
+    BlockMeans key;         // coarse units of `block` summaries, or `mean` summaries of key
+    BlockMeans value;       // `mean` summaries of value
+    float* sums = nullptr;  // [2 (key, value), B, Hkv, P, D] contiguous: over keys of the pool
+    void* means = nullptr;  // [2 (key, value), B, Hkv, P, D] contiguous, dtype: sums / keys
+};
+
+// What attention needs for the far field; without key.data there is none.
+struct FarField {
+    BlockMeans key, value;
+    const float* sums = nullptr;  // as FarPoolsParams wrote them
+    const void* means = nullptr;
+};
+
 // query, key -> the score of the topk-th key outside anchors and window, per query and head.
 // Key j is selected iff score > threshold, or score == threshold and j <= tie_index.
 struct TokenSelectParams {
@@ -78,6 +109,7 @@ struct AttentionParams {
     int64_t max_blocks = 0;                  // K
     const float* threshold = nullptr;        // [B, Hq, Lq] from TokenSelect, or null
     const int32_t* tie_index = nullptr;      // [B, Hq, Lq], null with threshold
+    FarField far_field;                      // or none; none where threshold is given
     void* out = nullptr;                     // [B, Hq, Lq, D] contiguous, dtype
     float* lse = nullptr;                    // [B, Hq, Lq] natural log, or null
 };

@@ -52,7 +52,7 @@ struct RefinedTile {
           params(params),
           maps(maps),
           streamed(streamed),
-          scale_log2(fabsf(params.problem.scale) * device::kLog2E),
+          scale_log2(params.problem.scale * device::kLog2E),
           rows(smem) {}
 
     // Takes the tile's rows into registers and notes in shared memory what there is to know.
@@ -98,13 +98,6 @@ struct RefinedTile {
             int lane = threadIdx.x & 31;
             return lane < Layout::kBlocks && first + lane < count ? block_at(first + lane) : -1;
         };
-        auto load = [&](int step, int stage) {
-            const int first = step * Layout::kBlocks;
-            if constexpr (Traits::kWgmma)
-                gather_boxes<kBlockUnits>(level, blocks_from(first), stage);
-            else
-                gather<kBlockUnits>(level, blocks_from(first), stage);
-        };
         auto idle = [&](int) { return idle_warp; };
         auto look = [&](Scores& s, int step) {
             const int first = step * Layout::kBlocks;
@@ -117,8 +110,9 @@ struct RefinedTile {
             }
             body(s, first);
         };
-        score_chunks(smem, rows, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks, load,
-                     idle, look);
+        score_chunks<Traits, Layout::kBlocks * Traits::kPanels>(
+            smem, rows, streamed, (count + Layout::kBlocks - 1) / Layout::kBlocks,
+            loader<kBlockUnits>(level, count, block_at), idle, look);
     }
 
   private:
@@ -153,24 +147,38 @@ struct RefinedTile {
         });
     }
 
-    // The same by the copy engine, a lane a box; one warp calls it. What is not there lies behind
-    // the last block and becomes zeros.
-    template <int kBlockUnits>
-    __device__ __forceinline__ void gather_boxes(UnitLevel level, int blocks, int stage) {
+    // What starts copying the units of a sweep's blocks. A box is a panel of a block: the engine
+    // fetches what is not there from behind the last block, as zeros.
+    template <int kBlockUnits, class BlockAt>
+    __device__ __forceinline__ auto loader(UnitLevel level, int count, BlockAt&& block_at) {
         constexpr int kBlocks = kChunkUnits / kBlockUnits;
-        static_assert(kBlocks * Traits::kPanels <= 32, "a lane a box");
-        const int lane = threadIdx.x & 31, slot = lane % kBlocks, panel = lane / kBlocks;
-        const int block = __shfl_sync(0xffffffffu, blocks, slot);
-        const uint32_t barrier = ptx::smem_address(&smem.landed[stage]);
-        if (lane == 0) ptx::mbarrier_arrive_expect(barrier, Traits::kPanels * Traits::kPanelBytes);
-        __syncwarp();
-        if (panel >= Traits::kPanels) return;
-        ptx::tensor_load_4d(
-            ptx::smem_address(smem.stages[stage]) + panel * Traits::kPanelBytes +
-                slot * kBlockUnits * 128,
-            kBlockUnits == kFineUnits.per_block ? &maps.fine_block : &maps.middle_block, barrier,
-            panel * 64, level.first_row,
-            block < 0 ? static_cast<int>(num_blocks(params.problem.kv_len)) : block, smem.head);
+        if constexpr (Traits::kWgmma) {
+            static_assert(kBlocks * Traits::kPanels <= 32 * Traits::kWarps,
+                          "a lane starts one box");
+            auto block_of = [this, count, &block_at](int place) {
+                return place < count ? block_at(place)
+                                     : static_cast<int>(num_blocks(params.problem.kv_len));
+            };
+            const int later = static_cast<int>(threadIdx.x & 31) * Traits::kWarps;
+            return [this, level, block_of, later](int step, uint32_t stage_smem,
+                                                  uint32_t landed_smem, int box) {
+                box += later;
+                if (box >= kBlocks * Traits::kPanels) return;
+                const int slot = box % kBlocks, panel = box / kBlocks;
+                const void* map =
+                    kBlockUnits == kFineUnits.per_block ? &maps.fine_block : &maps.middle_block;
+                ptx::tensor_load_4d(
+                    stage_smem + panel * Traits::kPanelBytes + slot * kBlockUnits * 128, map,
+                    landed_smem, panel * 64, level.first_row, block_of(step * kBlocks + slot),
+                    smem.head);
+            };
+        } else {
+            return [this, level, count, &block_at](int step, int stage) {
+                const int place = step * kBlocks + static_cast<int>(threadIdx.x & 31);
+                const bool names = (threadIdx.x & 31) < kBlocks && place < count;
+                gather<kBlockUnits>(level, names ? block_at(place) : -1, stage);
+            };
+        }
     }
 };
 

@@ -103,24 +103,22 @@ struct TileScan {
             }
             body(s, step * chunk_blocks);
         };
-        score_chunks(smem, rows, streamed, (smem.blocks + chunk_blocks - 1) / chunk_blocks,
-                     loader(level), idle, look);
+        score_chunks<Traits, Traits::kPanels>(smem, rows, streamed,
+                                              (smem.blocks + chunk_blocks - 1) / chunk_blocks,
+                                              loader(level), idle, look);
     }
 
-    // load(step, stage) of a level's chunks.
+    // What starts copying a level's chunks; a box is a panel.
     __device__ __forceinline__ auto loader(UnitLevel level) {
         if constexpr (Traits::kWgmma) {
-            return [this, level](int step, int stage) {
+            static_assert(Traits::kPanels <= Traits::kWarps, "a warp starts one box");
+            return [this, level](int step, uint32_t stage_smem, uint32_t landed_smem, int panel) {
                 if ((threadIdx.x & 31) != 0) return;
                 const bool coarse = level.keys == kCoarseUnits.keys;
-                const uint32_t barrier = ptx::smem_address(&smem.landed[stage]);
-                ptx::mbarrier_arrive_expect(barrier, Traits::kPanels * Traits::kPanelBytes);
-#pragma unroll
-                for (int panel = 0; panel < Traits::kPanels; ++panel)
-                    ptx::tensor_load_4d(
-                        ptx::smem_address(smem.stages[stage]) + panel * Traits::kPanelBytes,
-                        coarse ? &maps.coarse_chunk : &maps.middle_chunk, barrier, panel * 64,
-                        level.first_row, step * (kChunkUnits / level.per_block), smem.head);
+                ptx::tensor_load_4d(stage_smem + panel * Traits::kPanelBytes,
+                                    coarse ? &maps.coarse_chunk : &maps.middle_chunk, landed_smem,
+                                    panel * 64, level.first_row,
+                                    step * (kChunkUnits / level.per_block), smem.head);
             };
         } else {
             const int dim =
@@ -318,12 +316,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                       problem.query_len, problem.kv_len);
             smem.blocks = reachable_blocks(problem.ranges(), last);
         }
-        TileScan<Traits> scan{smem,
-                              params,
-                              maps,
-                              streamed,
-                              fabsf(problem.scale) * device::kLog2E,
-                              HeldRows<Traits>(smem)};
+        TileScan<Traits> scan{
+            smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
         scan.rows.hold([&](int row) {

@@ -47,22 +47,27 @@ __device__ __forceinline__ void score_by_mma(const HeldRows<Traits>& rows, int s
 }
 
 // The copy engine and wgmma. Warps meet nowhere but in products, so that some multiply while others
-// look at their scores; one of them, in turn, refills the stage that all have released. `streamed`
-// counts the chunks so far: the stages are a ring.
-template <class Traits, class Load, class Idle, class Body>
+// look at their scores. A chunk is copied in kBoxes boxes, which the warps start in turn, into a
+// stage that all have released: no warp may be much later than its warpgroup. `streamed` counts the
+// chunks so far: the stages are a ring.
+template <class Traits, int kBoxes, class Load, class Idle, class Body>
 __device__ __forceinline__ void score_by_wgmma(typename Traits::Smem& smem,
                                                const HeldRows<Traits>& rows, uint32_t& streamed,
                                                int steps, Load&& load, Idle&& idle, Body&& body) {
     constexpr int kStages = Traits::kStages;
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    static_assert((Traits::kWarps & (Traits::kWarps - 1)) == 0, "boxes are dealt by masking");
     auto fill = [&](int step) {
         const uint32_t chunk = streamed + step, stage = chunk % kStages;
+        const uint32_t box = (threadIdx.x / 32 - chunk * kBoxes) & (Traits::kWarps - 1);
+        if (step >= steps || box >= kBoxes) return;
         ptx::mbarrier_wait(ptx::smem_address(&smem.released[stage]), (chunk / kStages & 1) ^ 1);
-        load(step, static_cast<int>(stage));
+        const uint32_t landed = ptx::smem_address(&smem.landed[stage]);
+        if (box == 0 && (threadIdx.x & 31) == 0)
+            ptx::mbarrier_arrive_expect(landed, Traits::kPanels * Traits::kPanelBytes);
+        load(step, ptx::smem_address(smem.stages[stage]), landed, static_cast<int>(box));
     };
 
-    if (warp == 0)
-        for (int step = 0; step < min(steps, kStages - 1); ++step) fill(step);
+    for (int step = 0; step < kStages - 1; ++step) fill(step);
     __syncwarp();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -71,8 +76,7 @@ __device__ __forceinline__ void score_by_wgmma(typename Traits::Smem& smem,
         ptx::mbarrier_wait(ptx::smem_address(&smem.landed[stage]), chunk / kStages & 1);
         rows.score_by_wgmma(s, static_cast<int>(stage));
         if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(&smem.released[stage]));
-        const int next = step + kStages - 1;
-        if (warp == step % Traits::kWarps && next < steps) fill(next);
+        fill(step + kStages - 1);
         __syncwarp();
         if (!idle(step)) body(s, step);
     }
@@ -80,15 +84,16 @@ __device__ __forceinline__ void score_by_wgmma(typename Traits::Smem& smem,
     streamed += steps;
 }
 
-// Scores `steps` chunks: load(step, stage) starts copying one, and the whole warp or CTA calls it;
-// body(scores, step) looks at its scores unless idle(step). All threads of the CTA call it;
-// afterwards the stages are free.
-template <class Traits, class Load, class Idle, class Body>
+// Scores `steps` chunks: body(scores, step) looks at a chunk's scores unless idle(step). What
+// starts copying one is load(step, stage), which all threads call; of boxes load(step, stage_smem,
+// landed_smem, box), which a warp calls for that one and every kWarps-th after it, steps ascending.
+// All threads of the CTA call it; afterwards the stages are free.
+template <class Traits, int kBoxes, class Load, class Idle, class Body>
 __device__ __forceinline__ void score_chunks(typename Traits::Smem& smem,
                                              const HeldRows<Traits>& rows, uint32_t& streamed,
                                              int steps, Load&& load, Idle&& idle, Body&& body) {
     if constexpr (Traits::kWgmma)
-        score_by_wgmma(smem, rows, streamed, steps, load, idle, body);
+        score_by_wgmma<Traits, kBoxes>(smem, rows, streamed, steps, load, idle, body);
     else
         score_by_mma(rows, steps, load, idle, body);
 }

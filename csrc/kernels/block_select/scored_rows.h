@@ -95,45 +95,44 @@ __device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64
 }
 
 // Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over their
-// pools, at most kMost positions in a tile, and negated where the scale is negative, so that larger
-// scores weigh more. Quest's bound is a dot product of [max(q,0) | min(q,0)] with [max | min], so
-// its queries take two halves.
+// pools, of at most kMost positions in a tile. Quest's bound is a dot product of [max(q,0) |
+// min(q,0)] with [max | min], so its queries take two halves.
 template <class Traits, int kMost>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const BlockSelectParams& params,
                                                     const PooledRows& pooled, int first_row) {
     using T = typename Traits::T;
-    constexpr int kChunks = Traits::kDim / 8;
+    constexpr int kChunks = Traits::kDim / 8, kRowLanes = 4;  // of 8 channels; that share a row
     constexpr bool kQuest = Traits::kSelector == Selector::kQuest;
     const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
-    const int summary_chunks = kQuest ? 2 * query_chunks : query_chunks;
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows;
-    const bool negated = params.problem.scale < 0.0f;
-#pragma unroll 2
-    for (int i = threadIdx.x & 31; i < Traits::kWarpRows * kChunks; i += 32) {
-        int row = first_row + i / kChunks, chunk = i % kChunks;
-        bool low_half = kQuest && chunk >= query_chunks;
-        int size = chunk < summary_chunks ? pooled.size(row) : 0;
-        const T* src = static_cast<const T*>(params.query.data);
-        if (size > 0) {
-            src += device::head_offset(params.query, pooled.tile.batch, pooled.head(row)) +
-                   pooled.first_query(row) * params.query.stride_seq +
-                   (low_half ? chunk - query_chunks : chunk) * 8;
-        }
-        float mean[8];
-        sum_queries<kMost>(mean, src, params.query.stride_seq, size);
+    const int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (int i = lane / kRowLanes; i < Traits::kWarpRows; i += 32 / kRowLanes) {
+        const int row = first_row + i, size = pooled.size(row);
+        const T* row_gmem = static_cast<const T*>(params.query.data);
+        if (size > 0)
+            row_gmem += device::head_offset(params.query, pooled.tile.batch, pooled.head(row)) +
+                        pooled.first_query(row) * params.query.stride_seq;
         const float share = 1.0f / static_cast<float>(max(size, 1));
+#pragma unroll 2
+        for (int chunk = lane % kRowLanes; chunk < kChunks; chunk += kRowLanes) {
+            const bool low_half = kQuest && chunk >= query_chunks;
+            const int source = low_half ? chunk - query_chunks : chunk;
+            float mean[8];
+            sum_queries<kMost>(mean, row_gmem + source * 8, params.query.stride_seq,
+                               source < query_chunks ? size : 0);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            mean[e] *= share;
-            // NaN stays NaN.
-            if (kQuest && (low_half ? mean[e] > 0.0f : mean[e] < 0.0f)) mean[e] = 0.0f;
-            if (negated) mean[e] = -mean[e];
+            for (int e = 0; e < 8; ++e) {
+                mean[e] *= share;
+                // NaN stays NaN.
+                if (kQuest && (low_half ? mean[e] > 0.0f : mean[e] < 0.0f)) mean[e] = 0.0f;
+            }
+            uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
+                            device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
+            ptx::store_smem_16(tile_smem + device::tile_offset<Traits::kDim>(warp_row + i, chunk),
+                               packed);
         }
-        uint4 packed = {device::pack2<T>(mean[0], mean[1]), device::pack2<T>(mean[2], mean[3]),
-                        device::pack2<T>(mean[4], mean[5]), device::pack2<T>(mean[6], mean[7])};
-        ptx::store_smem_16(
-            tile_smem + device::tile_offset<Traits::kDim>(warp_row + i / kChunks, chunk), packed);
     }
     __syncwarp();
 }

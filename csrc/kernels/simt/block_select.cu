@@ -316,8 +316,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
         const int tile_size = tile_positions(problem.group());
         const int64_t end = min_i64(scan_tile.first_query + scan_tile.positions, problem.query_len);
         for (int64_t first = scan_tile.first_query; first < end; first += tile_size)
-            selection_of(device::TileRows(problem, tile_size, head, first / tile_size))
-                .refine(shortlist);
+            selection_of(device::TileRows(problem, head, first / tile_size)).refine(shortlist);
     }
 }
 

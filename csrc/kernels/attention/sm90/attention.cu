@@ -37,10 +37,11 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
     sm90::TensorMaps maps;
     Status status = make_maps(params, &maps);
     if (!status.ok()) return status;
-    int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
-    Grid grid = {min_i64(tiles, int64_t{context.sm_count} * Traits::kCtasPerSm)};
+    const auto schedule = sm90::Schedule::of(p);
+    Grid grid = {min_i64(schedule.tiles(), int64_t{context.sm_count} * Traits::kCtasPerSm)};
     return launch(sm90::attention_kernel<Traits>, "attention_sm90", grid, Traits::kThreads,
-                  sizeof(typename Traits::Smem), context, params, maps, tiles, context.error_word);
+                  sizeof(typename Traits::Smem), context, params, maps, schedule,
+                  context.error_word);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 
 #include "kernels/attention/sm90/consume.h"
 #include "kernels/attention/sm90/produce.h"
+#include "kernels/attention/sm90/schedule.h"
 #include "ptx/registers.h"
 
 namespace condensate::kernels::sm90 {
@@ -26,7 +27,8 @@ __device__ void init_barriers(typename Traits::Smem& smem) {
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ TensorMaps maps, int64_t tiles, uint32_t* error_word) {
+                     const __grid_constant__ TensorMaps maps,
+                     const __grid_constant__ Schedule schedule, uint32_t* error_word) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     if (threadIdx.x == 0) init_barriers<Traits>(smem);
@@ -36,14 +38,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         ptx::release_registers<Traits::kProducerRegisters>();
         if (threadIdx.x != 32 * Traits::kConsumerWarps) return;
         Producer<Traits> producer(smem, params, maps);
-        for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x)
-            producer.tile(device::TileRows::from_index(params.problem, i));
+        schedule.for_each(params.problem,
+                          [&](const device::TileRows& tile) { producer.tile(tile); });
         if (producer.errors) atomicOr(error_word, producer.errors);
     } else {
         ptx::claim_registers<Traits::kConsumerRegisters>();
         Consumer<Traits> consumer(smem, params, maps);
-        for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x)
-            consumer.tile(device::TileRows::from_index(params.problem, i));
+        schedule.for_each(params.problem,
+                          [&](const device::TileRows& tile) { consumer.tile(tile); });
         if (threadIdx.x % 128 == 0) ptx::tensor_store_wait_read();  // before the memory goes away
     }
 }

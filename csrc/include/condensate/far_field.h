@@ -1,0 +1,41 @@
+// The far field's index arithmetic: which blocks a tile condenses, and into which pools.
+// docs/architecture.md, "Far field", states it in words.
+//
+// With the far field on, a tile works on whole blocks. Blocks that its walk visits (anchors,
+// window, list) are attended: every visible key of them, also those outside a row's window. Every
+// other block whose keys all rows of the tile see is condensed: consecutive blocks form pools, and
+// a pool enters the softmax as one term, the mean key and the mean value over those of its keys
+// that are condensed, with their number as its weight.
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/geometry.h"
+
+namespace condensate {
+
+constexpr int kFarPools = 128;  // pools of a KV head, at most: one more step of the attention
+
+// Blocks of a pool: the smallest power of two that leaves at most kFarPools pools.
+CONDENSATE_HOST_DEVICE int64_t far_pool_blocks(int64_t kv_len) {
+    int64_t blocks = 1;
+    while (ceil_div(num_blocks(kv_len), blocks) > kFarPools) blocks *= 2;
+    return blocks;
+}
+CONDENSATE_HOST_DEVICE int64_t num_far_pools(int64_t kv_len) {
+    return ceil_div(num_blocks(kv_len), far_pool_blocks(kv_len));
+}
+
+// Blocks [0, far_end) are seen in full by every row of the tile.
+CONDENSATE_HOST_DEVICE int64_t far_end(const Ranges& r, TileSpan t) {
+    if (!r.causal) return num_blocks(r.kv_len);
+    if (t.first + 1 >= r.kv_len) return num_blocks(r.kv_len);
+    return t.first < 0 ? 0 : (t.first + 1) / kBlockKeys;
+}
+
+// Keys of a block: fewer in the last one.
+CONDENSATE_HOST_DEVICE int64_t block_keys(int64_t kv_len, int64_t block) {
+    return max_i64(min_i64(kv_len - block * kBlockKeys, kBlockKeys), 0);
+}
+
+}  // namespace condensate

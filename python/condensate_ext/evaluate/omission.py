@@ -1,0 +1,163 @@
+"""How much softmax mass a policy leaves out on a real text, and what that does to each layer.
+
+One dense pass; at every layer its queries, keys and values also go through the policies, so no
+layer sees another layer's error.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from condensate_ext.evaluate.policies import Policy
+from condensate_ext.evaluate.runs import Advance, silent
+from condensate_ext.hf import replaced_attention
+from condensate_ext.ops import attention, attention_forward, omitted_mass
+
+AUDITED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One policy on one document or several, on the CPU, float32."""
+
+    omitted: (
+        Tensor  # [layers, heads, rows]: share of the softmax outside the attended keys, audited
+    )
+    estimate: Tensor  # [layers, heads, rows]: the same as attention_forward estimates it
+    output_error: Tensor  # [documents, layers]: norm of the difference to dense output, relative
+
+
+def audited_rows(tokens: int, count: int = AUDITED_ROWS) -> Tensor:
+    """Positions of the last half of a text, evenly spaced: early ones leave little out."""
+    rows = torch.linspace(tokens // 2, tokens - 1, min(count, tokens - tokens // 2))
+    return rows.round().long()
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Causal attention of a whole prompt by torch's fastest kernel; shapes as ``attention``."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+class _Auditor:
+    """Stands in for every layer's attention, computes it densely and the policies beside it."""
+
+    def __init__(
+        self, policies: Sequence[Policy], rows: Tensor, layers: int, advance: Advance
+    ) -> None:
+        self.policies, self.rows, self.layers, self.advance = policies, rows, layers, advance
+        self.omitted: list[list[Tensor]] = [[] for _ in policies]  # per layer [heads, rows]
+        self.estimate: list[list[Tensor]] = [[] for _ in policies]
+        self.error: list[list[Tensor]] = [[] for _ in policies]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+        dense = dense_attention(query, key, value, scale=scale)
+        expected = dense[0, :, self.rows].float()
+        for number, policy in enumerate(self.policies):
+            out = attention(query, key, value, scale=scale, **policy)[0, :, self.rows].float()
+            # The far field enters the log-sum-exp; what is audited is the support alone.
+            support = {**policy, "far_field": False}
+            _, lse, estimate = attention_forward(query, key, value, scale=scale, **support)
+            omitted = omitted_mass(query, key, lse, rows=self.rows, scale=scale)
+            self.omitted[number].append(omitted[0])
+            self.estimate[number].append(estimate[0, :, self.rows])
+            self.error[number].append((out - expected).norm() / expected.norm())
+        self.advance(1 / self.layers)
+        return dense
+
+    def result(self, number: int) -> Audit:
+        return Audit(
+            torch.stack(self.omitted[number]).cpu(),
+            torch.stack(self.estimate[number]).cpu(),
+            torch.stack(self.error[number])[None].cpu(),
+        )
+
+
+@torch.no_grad()
+def audit(
+    model: Any,
+    ids: Tensor,
+    policies: Sequence[Policy],
+    rows: Tensor | None = None,
+    advance: Advance = silent,
+) -> list[Audit]:
+    """Audits every policy on every layer of one text ``[1, n]``; ``rows`` are its positions."""
+    rows = audited_rows(ids.shape[1]) if rows is None else rows
+    layers = model.config.get_text_config().num_hidden_layers
+    auditor = _Auditor(policies, rows.to(ids.device), layers, advance)
+    with replaced_attention(model, auditor):
+        model.base_model(input_ids=ids, use_cache=False)
+    return [auditor.result(number) for number in range(len(policies))]
+
+
+def joined(audits: Sequence[Audit]) -> Audit:
+    """The audits of several documents as one."""
+    return Audit(
+        torch.cat([a.omitted for a in audits], -1),
+        torch.cat([a.estimate for a in audits], -1),
+        torch.cat([a.output_error for a in audits]),
+    )
+
+
+def _statistics(omitted: Tensor, estimate: Tensor) -> dict[str, float]:
+    omitted, estimate = omitted.flatten().double(), estimate.flatten().double()
+    # torch.quantile takes at most 2^24 elements; the k-th value has no such limit.
+    p99 = omitted.kthvalue(max(1, round(0.99 * omitted.numel()))).values
+    return {
+        "omitted_mean": omitted.mean().item(),
+        "omitted_p99": p99.item(),
+        "omitted_max": omitted.max().item(),
+        "estimate_mean": estimate.mean().item(),
+        "estimate_error": (estimate - omitted).abs().mean().item(),
+    }
+
+
+def summary(audited: Audit) -> dict[str, float]:
+    """Over all layers, heads and rows; ``estimate_error`` is the mean absolute one."""
+    error = audited.output_error.mean().item()
+    return {**_statistics(audited.omitted, audited.estimate), "output_error": error}
+
+
+def by_layer_and_head(audited: Audit) -> list[dict[str, Any]]:
+    """One entry a layer, with its output error and the mass that each of its heads leaves out."""
+    return [
+        {
+            "layer": layer,
+            "output_error": audited.output_error[:, layer].mean().item(),
+            "heads": [
+                {"head": head, **_statistics(*rows)}
+                for head, rows in enumerate(zip(omitted, estimate, strict=True))
+            ],
+        }
+        for layer, (omitted, estimate) in enumerate(
+            zip(audited.omitted, audited.estimate, strict=True)
+        )
+    ]
+
+
+@torch.no_grad()
+def capture_layer(model: Any, ids: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value ``[1, heads, n, D]`` of one layer in a dense pass over ``[1, n]``."""
+    layers = itertools.count()
+    captured: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+        if next(layers) == layer:
+            captured.append((query, key, value))
+        return dense_attention(query, key, value, scale=scale)
+
+    with replaced_attention(model, keep):
+        model.base_model(input_ids=ids, use_cache=False)
+    if not captured:
+        raise ValueError(f"layer: the model has {next(layers)} layers, none is number {layer}")
+    return captured[0]

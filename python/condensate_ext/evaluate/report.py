@@ -1,0 +1,95 @@
+"""Records as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from condensate_ext.evaluate.protocols import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.2f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _tokens(value: float) -> str:
+    return f"{value:.1f}"
+
+
+Column = tuple[str, str, Callable[[float], str]]  # field, heading, format
+
+_LANGUAGE: tuple[Column, ...] = (
+    ("kl", "KL, nats", _number),
+    ("top1", "top-1", _percent),
+    ("dppl_percent", "perplexity", _change),
+    ("dppl_percent_median", "median document", _change),
+    ("dppl_percent_worst", "worst document", _change),
+)
+_SURVIVAL: tuple[Column, ...] = (
+    ("identical_tokens", "identical tokens, mean", _tokens),
+    ("identical_tokens_median", "median", _tokens),
+    ("survived", "prompts that survive", _percent),
+)
+# protocol: (title, what a document was sampled at, columns)
+TABLES: dict[str, tuple[str, str, tuple[Column, ...]]] = {
+    "decode": ("decode: dense prefill, then one query at a time", "tokens", _LANGUAGE),
+    "prefill": ("prefill through the policy, dense behind it", "tokens", _LANGUAGE),
+    "needles": (
+        "needles: the question in the last tile, the answer decoded",
+        "questions",
+        (("needle_first", "first token", _percent), ("needle_all", "all characters", _percent)),
+    ),
+    "survival": ("greedy continuations, until the first difference", "tokens", _SURVIVAL),
+    "omitted": (
+        "softmax mass left out, of every layer and head, and the output's relative error",
+        "rows a head",
+        (
+            ("omitted_mean", "mean", _number),
+            ("omitted_p99", "p99", _number),
+            ("omitted_max", "max", _number),
+            ("estimate_mean", "estimated mean", _number),
+            ("estimate_error", "estimate off by", _number),
+            ("output_error", "output error", _number),
+        ),
+    ),
+}
+
+
+def tables(records: Sequence[Record]) -> list[Table]:
+    """One table a protocol, in the order of the records."""
+    return [_table(name, records) for name in dict.fromkeys(r["protocol"] for r in records)]
+
+
+def _table(protocol: str, records: Sequence[Record]) -> Table:
+    from rich.table import Table
+
+    # "greedy, float32" and its like are continuations too.
+    title, sampled, columns = TABLES.get(protocol, (protocol, "tokens", _SURVIVAL))
+    table = Table(title=title)
+    table.add_column("attention")
+    for heading in ("keys", *(heading for _, heading, _ in columns), "documents", sampled):
+        table.add_column(heading, justify="right")
+    for r in records:
+        if r["protocol"] == protocol:
+            values = ["-" if r[field] is None else show(r[field]) for field, _, show in columns]
+            keys = "all" if r["keys"] is None else str(r["keys"])
+            table.add_row(variant_name(r), keys, *values, str(r["documents"]), str(r["tokens"]))
+    return table
+
+
+def variant_name(r: Record) -> str:
+    """The selector, and what of the policy is not plain."""
+    extra = [", far field"] if r["far_field"] else []
+    extra += [f", top-p {r['top_p']:g}"] if r["top_p"] is not None else []
+    return "".join([r["selector"], *extra])

@@ -1,0 +1,89 @@
+"""What is evaluated: a model on its device, its tokenizer, and windows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condensate_ext.evaluate.text import Window, read_windows
+
+_GPU_CONTEXT, _CPU_CONTEXT = 32768, 4096
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One document a window; ``batch`` of them go through the model at once."""
+
+    model: Any
+    tokenizer: Any
+    windows: list[Window]
+    context: int  # tokens; a window has one more, the last one's target
+    batch: int
+
+    def ids(self, windows: list[Window], tokens: int) -> Tensor:
+        """The first tokens of some windows: ``[B, tokens]`` int64 on the model's device."""
+        return torch.tensor([w.ids[:tokens] for w in windows], device=self.model.device)
+
+    def batches(self, tokens: int) -> Iterator[Tensor]:
+        """The first tokens of all windows, ``[B, tokens]`` with at most ``batch`` rows."""
+        for begin in range(0, len(self.windows), self.batch):
+            yield self.ids(self.windows[begin : begin + self.batch], tokens)
+
+    @property
+    def batch_count(self) -> int:
+        return -(-len(self.windows) // self.batch)
+
+
+def default_dtype(device: str) -> str:
+    return "bfloat16" if torch.device(device).type == "cuda" else "float32"
+
+
+def _context(wanted: int | None, model: Any, device: str) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None:
+        usual = _GPU_CONTEXT if torch.device(device).type == "cuda" else _CPU_CONTEXT
+        return min(usual, limit or usual)
+    if limit is not None and wanted > limit:
+        raise ValueError(
+            f"--context {wanted} exceeds the {limit} positions of this model "
+            f"(max_position_embeddings); use {limit} or less."
+        )
+    return wanted
+
+
+def load(
+    model: Path,
+    text: Path,
+    *,
+    context: int | None,
+    documents: int,
+    batch: int,
+    dtype: str,
+    device: str,
+) -> Subject:
+    """Loads a Hugging Face causal LM folder with torch's SDPA, the dense baseline, and a text.
+
+    ``context`` is 32,768 tokens by default, 4,096 on the CPU, or what the model has positions for.
+
+    Raises:
+        ValueError: a path, the context or the text does not do.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (model / "config.json").is_file():
+        raise ValueError(f"--model {model} has no config.json: give a folder of a Hugging Face LM.")
+    if not text.is_file():
+        raise ValueError(f"--text {text} is no file: give a text, documents separated by NUL.")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
+    loaded = loaded.to(device).eval()
+    tokens = _context(context, loaded, device)
+    windows = read_windows(text, tokenizer, tokens + 1, documents)
+    return Subject(loaded, tokenizer, windows, tokens, batch)

@@ -1,0 +1,158 @@
+"""The audit of omitted mass and the texts of an evaluation."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from condensate_ext.evaluate import omission, policies, text  # noqa: E402
+from condensate_ext.evaluate.omission import Audit  # noqa: E402
+
+from tests.testkit import tiny_lm  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXACT = {"window": 8, "anchors": 4, "topk": 10, "selector": "exact", "far_field": False}
+BLOCK = {**EXACT, "topk": 64, "selector": "block"}
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_lm.make_model()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(90, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def by_definition(query, key, value, rows):
+    """Omitted mass [heads, rows] and relative output error of EXACT, from scores in float64."""
+    omitted, outputs, dense = [], [], []
+    for head in range(query.shape[1]):
+        for row in rows.tolist():
+            q, k, v = (
+                t.double() for t in (query[0, head, row], key[0, head // 2], value[0, head // 2])
+            )
+            weights = (k[: row + 1] @ q / 4).softmax(-1)
+            kept = torch.zeros(row + 1, dtype=torch.bool)
+            kept[:4] = True
+            kept[-8:] = True
+            far = weights.masked_fill(kept, -1)
+            kept[far.topk(10).indices] = True
+            omitted.append(weights[~kept].sum())
+            dense.append(weights @ v[: row + 1])
+            outputs.append(weights[kept] / weights[kept].sum() @ v[: row + 1][kept])
+    outputs, dense = torch.stack(outputs), torch.stack(dense)
+    return torch.stack(omitted).view(-1, len(rows)), (outputs - dense).norm() / dense.norm()
+
+
+def test_audit_is_the_definition_on_every_layers_own_queries(model, ids):
+    rows = torch.tensor([150, 233, 399])
+    shares = []
+    (found,) = omission.audit(model, ids, [EXACT], rows, shares.append)
+    assert found.omitted.shape == found.estimate.shape == (2, 4, 3)
+    assert found.output_error.shape == (1, 2)
+    assert sum(shares) == pytest.approx(1)
+    for layer in range(2):
+        captured = omission.capture_layer(model, ids, layer)
+        omitted, error = by_definition(*captured, rows)
+        assert omitted.max() > 1e-3
+        torch.testing.assert_close(found.omitted[layer].double(), omitted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.estimate[layer].double(), omitted, atol=1e-5, rtol=1e-4)
+        assert found.output_error[0, layer].item() == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_covering_budget_leaves_nothing_out_and_blocks_leave_more_than_tokens(model, ids):
+    chosen = [policies.covering(TOKENS), {**BLOCK, "selector": "exact"}, BLOCK]
+    covered, exact, block = omission.audit(model, ids, chosen)
+    assert covered.omitted.max() < 1e-5
+    assert covered.output_error.max() < 1e-5
+    assert (block.omitted >= exact.omitted - 1e-5).all()
+    assert block.omitted.mean() > exact.omitted.mean()
+    assert (block.estimate - block.omitted).abs().max() > 1e-4  # an estimate, unlike exact's
+
+
+def test_far_field_changes_the_output_and_not_the_audit(monkeypatch, model, ids):
+    """The audit is of the attended keys; pooled terms must not count as attended."""
+    plain = omission.attention
+
+    def pooled(*arguments, far_field, **options):
+        return (1.5 if far_field else 1) * plain(*arguments, **options)
+
+    monkeypatch.setattr(omission, "attention", pooled)
+    without, with_it = omission.audit(model, ids, [BLOCK, {**BLOCK, "far_field": True}])
+    assert torch.equal(with_it.omitted, without.omitted)
+    assert (with_it.output_error > without.output_error).all()
+
+
+def test_no_layer_beyond_the_models(model, ids):
+    with pytest.raises(ValueError, match="the model has 2 layers, none is number 2"):
+        omission.capture_layer(model, ids, 2)
+
+
+@pytest.mark.parametrize("tokens", [3, 100, 5000])
+def test_audited_rows_are_of_the_last_half(tokens):
+    rows = omission.audited_rows(tokens)
+    assert len(rows) == min(omission.AUDITED_ROWS, tokens - tokens // 2)
+    assert rows.unique().tolist() == rows.tolist()
+    assert (rows[0], rows[-1]) == (tokens // 2, tokens - 1)
+
+
+def test_summaries_of_an_audit():
+    omitted = torch.arange(200).view(1, 2, 100) / 1000
+    estimate = omitted + torch.tensor([0.01, -0.03])[None, :, None]
+    first = Audit(omitted[..., :50], estimate[..., :50], torch.tensor([[0.2]]))
+    second = Audit(omitted[..., 50:], estimate[..., 50:], torch.tensor([[0.4]]))
+    whole = omission.joined([first, second])
+    found = omission.summary(whole)
+    assert found["omitted_mean"] == pytest.approx(0.0995)
+    assert found["omitted_p99"] == pytest.approx(0.197)
+    assert found["omitted_max"] == pytest.approx(0.199)
+    assert found["estimate_mean"] == pytest.approx(0.0895)
+    assert found["estimate_error"] == pytest.approx(0.02)
+    assert found["output_error"] == pytest.approx(0.3)
+    ((layer,),) = (omission.by_layer_and_head(whole),)
+    assert (layer["layer"], layer["output_error"]) == (0, pytest.approx(0.3))
+    assert [h["omitted_max"] for h in layer["heads"]] == pytest.approx([0.099, 0.199])
+    assert [h["estimate_error"] for h in layer["heads"]] == pytest.approx([0.01, 0.03])
+
+
+# Texts.
+
+
+def test_windows_come_in_turn_from_every_document_and_do_not_overlap(tmp_path):
+    tokenizer = tiny_lm.make_tokenizer()
+    documents = ["".join(f"{name} {n:04}\n" for n in range(lines)) for name, lines in
+                 (("a", 100), ("b", 5), ("c", 40))]  # fmt: skip
+    path = tmp_path / "text.txt"
+    path.write_text("\0".join(documents), encoding="utf-8")
+    windows = text.read_windows(path, tokenizer, 101, 10)  # one special token and 100 of text
+    assert all(len(w.ids) == 101 and w.ids[0] == tiny_lm.BEGIN for w in windows)
+    shown = [tokenizer.decode(w.ids[1:]) for w in windows]
+    assert all(w.text.startswith(s) for w, s in zip(windows, shown, strict=True))
+    # 100 characters are 14 lines and two characters; the next window begins behind that line.
+    starts = [s.split("\n")[0] for s in shown]
+    assert starts == [
+        "a 0000",
+        "c 0000",
+        "a 0015",
+        "c 0015",
+        "a 0030",
+        "a 0045",
+        "a 0060",
+        "a 0075",
+    ]
+    assert [w.ids for w in text.read_windows(path, tokenizer, 101, 3)] == [
+        w.ids for w in windows[:3]
+    ]
+    with pytest.raises(ValueError, match=r"none of its 3 documents has 1000 tokens"):
+        text.read_windows(path, tokenizer, 1000, 1)
+
+
+def test_leading_tokens_are_the_tokenizers_own():
+    tokenizer = tiny_lm.make_tokenizer()
+    assert text.leading_tokens(tokenizer) == [tiny_lm.BEGIN]
+    tokenizer.backend_tokenizer.post_processor = None
+    assert text.leading_tokens(tokenizer) == []
