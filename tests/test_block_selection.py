@@ -186,7 +186,8 @@ def test_tiles_that_share_a_scan(device, seed, changes):
     key[:, :, -500:] *= 2.0
     scores, lists = _lists(case, query, key)
     chosen = selection.check_lists(scores, *lists, 5)
-    _check_estimate(case, scores, chosen, key)
+    if case.window < 0.8 * case.kv_len:  # else the op attends to everything
+        _check_estimate(case, scores, chosen, key)
     if scores.exact:
         expected, certain = selection.expected_choice(scores, 5)
         assert torch.equal(chosen[certain], expected[certain])

@@ -21,14 +21,14 @@ struct TileRows {
     }
     __device__ static TileRows from_index(const Problem& p, int64_t index, int positions) {
         int64_t tiles = ceil_div(p.query_len, positions);
-        return TileRows(p, positions, index / tiles, tiles - 1 - index % tiles);
+        return TileRows(p, index / tiles, tiles - 1 - index % tiles, positions);
     }
 
     // `head` counts [B, Hkv].
     __device__ TileRows(const Problem& p, int64_t head, int64_t tile)
-        : TileRows(p, tile_positions(p.group()), head, tile) {}
+        : TileRows(p, head, tile, tile_positions(p.group())) {}
     // Of tiles of so many positions.
-    __device__ TileRows(const Problem& p, int positions, int64_t head, int64_t tile)
+    __device__ TileRows(const Problem& p, int64_t head, int64_t tile, int positions)
         : group(p.group()), positions(positions), query_len(p.query_len), kv_len(p.kv_len) {
         log2_positions = 31 - __clz(positions);
         batch = static_cast<int>(head / p.kv_heads);

@@ -301,8 +301,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int first_tile = (items_per_head - 1 - item / heads) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
         const device::TileRows tile(
-            problem, scan_positions(Traits::kSelector, problem.group(), problem.kv_len), head,
-            exists ? first_tile + warp : tiles - 1);
+            problem, head, exists ? first_tile + warp : tiles - 1,
+            scan_positions(Traits::kSelector, problem.group(), problem.kv_len));
         const bool scores = begin_tile<Traits>(smem.tile[warp], smem.window[warp], params, output,
                                                tile, exists, round);
         if (!__syncthreads_or(scores)) continue;
