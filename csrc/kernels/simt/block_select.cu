@@ -205,8 +205,9 @@ struct TileSelection {
         return {scratch.walked, shared_count()};
     }
 
-    // The scan's list, of `width` blocks, for a scan tile.
-    __device__ BlockSet scan(const EligibleBlocks& eligible, int32_t* list, int64_t width) {
+    // The scan's list, of `width` blocks.
+    __device__ BlockSet scan(int32_t* list, int64_t width) {
+        const EligibleBlocks eligible(params.problem.ranges(), tile.span());
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
         const BlockSet reachable = {
@@ -238,9 +239,22 @@ struct TileSelection {
         return taken;
     }
 
-    // What the tile may list of its scan tile's shortlist, into scratch.eligible.
+    __device__ void make_list() {
+        BlockSet taken =
+            scan(params.block_indices + tile.tile_index * params.max_blocks, params.max_blocks);
+        if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+    }
+
+    // Of a scan tile.
+    __device__ void make_shortlist() {
+        const int64_t blocks = num_blocks(params.problem.kv_len);
+        BlockSet taken =
+            scan(scratch.shortlist, min_i64(shortlist_width(params.max_blocks), blocks));
+        if (threadIdx.x == 0) smem.shortlisted = taken.count;
+    }
+
+    // What the tile may list of the shortlist, into scratch.eligible.
     __device__ BlockSet eligible_of(BlockSet shortlist, const EligibleBlocks& eligible) {
-        __syncthreads();  // nobody reads what lies there any more
         if (threadIdx.x < 32) {
             int count = 0;
             for (int first = 0; first < shortlist.count; first += 32) {
@@ -257,10 +271,10 @@ struct TileSelection {
         return {scratch.eligible, shared_count()};
     }
 
-    // The tile's list, from its scan tile's shortlist.
-    __device__ void refine(BlockSet scanned) {
+    // The tile's list, from the shortlist.
+    __device__ void refine() {
         const EligibleBlocks eligible(params.problem.ranges(), tile.span());
-        const BlockSet shortlist = eligible_of(scanned, eligible);
+        const BlockSet shortlist = eligible_of({scratch.shortlist, smem.shortlisted}, eligible);
         int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
         const PooledRows pooled = PooledRows::of_refinement(tile);
         const ScoringLevels levels = kRefinementLevels;
@@ -291,32 +305,31 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     const Problem& problem = params.problem;
     const int dim = summary_dim(params.selector, static_cast<int>(problem.head_dim));
     const int64_t blocks = num_blocks(problem.kv_len);
-    const int positions = scan_positions(params.selector, problem.group(), problem.kv_len);
+    const bool refines = params.selector == Selector::kBlock;
+    const int tiles = refines ? scan_tiles(params.selector, problem.kv_len) : 0;
     for (int64_t index = blockIdx.x; index < num_scan_tiles; index += gridDim.x) {
-        __syncthreads();  // everyone is done with the previous tile
-        const device::TileRows scan_tile = device::TileRows::from_index(problem, index, positions);
-        const EligibleBlocks eligible(problem.ranges(), scan_tile.span());
-        const int64_t head = scan_tile.batch * problem.kv_heads + scan_tile.kv_head;
-        const T* summaries = static_cast<const T*>(params.summaries) +
-                             head * summary_rows(params.selector, problem.kv_len) * dim;
-        const Scratch scratch(params.workspace, blocks);
-        auto selection_of = [&](const device::TileRows& tile) {
-            return TileSelection<T>{params, smem, tile, scratch,
-                                    UnitSweep<T>{smem, params, tile, summaries, dim}};
-        };
-        if (params.selector != Selector::kBlock) {
-            BlockSet taken = selection_of(scan_tile).scan(
-                eligible, params.block_indices + scan_tile.tile_index * params.max_blocks,
-                params.max_blocks);
-            if (threadIdx.x == 0) params.block_counts[scan_tile.tile_index] = taken.count;
-            continue;
+        // First the scan tile, then the tiles that its shortlist is for.
+        for (int step = 0; step <= tiles; ++step) {
+            __syncthreads();  // everyone is done with the previous tile
+            device::TileRows tile = device::TileRows::from_index(
+                problem, index, scan_positions(params.selector, problem.group(), problem.kv_len));
+            const int64_t head = tile.batch * problem.kv_heads + tile.kv_head;
+            if (step > 0) {
+                const int64_t first = tile.first_query / tile_positions(problem.group());
+                tile = device::TileRows(problem, head, first + step - 1);
+                if (tile.first_query >= problem.query_len) break;
+            }
+            const T* summaries = static_cast<const T*>(params.summaries) +
+                                 head * summary_rows(params.selector, problem.kv_len) * dim;
+            TileSelection<T> selection{params, smem, tile, Scratch(params.workspace, blocks),
+                                       UnitSweep<T>{smem, params, tile, summaries, dim}};
+            if (step > 0)
+                selection.refine();
+            else if (refines)
+                selection.make_shortlist();
+            else
+                selection.make_list();
         }
-        const BlockSet shortlist = selection_of(scan_tile).scan(
-            eligible, scratch.shortlist, min_i64(shortlist_width(params.max_blocks), blocks));
-        const int tile_size = tile_positions(problem.group());
-        const int64_t end = min_i64(scan_tile.first_query + scan_tile.positions, problem.query_len);
-        for (int64_t first = scan_tile.first_query; first < end; first += tile_size)
-            selection_of(device::TileRows(problem, head, first / tile_size)).refine(shortlist);
     }
 }
 
