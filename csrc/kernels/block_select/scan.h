@@ -319,7 +319,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         TileScan<Traits> scan{
             smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
         const PooledRows pooled = PooledRows::of_scan(params, tile);
-        load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
+        const uint32_t rows_smem = ptx::smem_address(smem.stages);
+        if (!Traits::kShortlists || pooled.pool <= kScanPool)
+            load_pooled_queries<Traits, kScanPool>(rows_smem, params, pooled, 0);
+        else if constexpr (Traits::kShortlists)
+            load_pooled_queries<Traits, kScanPool, true>(rows_smem, params, pooled, 0);
         scan.rows.hold([&](int row) {
             row %= Traits::kWarpRows;
             return scores && row < pooled.rows ? static_cast<int>(pooled.last_position(row))

@@ -80,24 +80,10 @@ __device__ __forceinline__ void add_queries(float (&sum)[8], const T* src, int64
     }
 }
 
-// Sum of the existing queries of a pool over 8 channels.
-template <int kMost, class T>
-__device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64_t stride,
-                                            int size) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] = 0.0f;
-    add_queries<kMost>(sum, src, stride, size);
-    if constexpr (kMost == kScanPool) {  // a scan tile's pools are longer than a tile's
-#pragma unroll 1
-        for (int first = kMost; first < size; first += kMost)
-            add_queries<kMost>(sum, src + first * stride, stride, size - first);
-    }
-}
-
 // Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over their
-// pools, of at most kMost positions in a tile. Quest's bound is a dot product of [max(q,0) |
-// min(q,0)] with [max | min], so its queries take two halves.
-template <class Traits, int kMost>
+// pools: kMost positions at a time, at most so many unless kLonger. Quest's bound is a dot product
+// of [max(q,0) | min(q,0)] with [max | min], so its queries take two halves.
+template <class Traits, int kMost, bool kLonger = false>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const BlockSelectParams& params,
                                                     const PooledRows& pooled, int first_row) {
@@ -119,9 +105,15 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
         for (int chunk = lane % kRowLanes; chunk < kChunks; chunk += kRowLanes) {
             const bool low_half = kQuest && chunk >= query_chunks;
             const int source = low_half ? chunk - query_chunks : chunk;
-            float mean[8];
-            sum_queries<kMost>(mean, row_gmem + source * 8, params.query.stride_seq,
-                               source < query_chunks ? size : 0);
+            const T* src = row_gmem + source * 8;
+            const int queries = source < query_chunks ? size : 0;
+            float mean[8] = {};
+            add_queries<kMost>(mean, src, params.query.stride_seq, queries);
+            if constexpr (kLonger) {
+                for (int first = kMost; first < queries; first += kMost)
+                    add_queries<kMost>(mean, src + first * params.query.stride_seq,
+                                       params.query.stride_seq, queries - first);
+            }
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 mean[e] *= share;
