@@ -23,6 +23,18 @@ __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) 
     return *reinterpret_cast<uint32_t*>(&packed);
 }
 
+// The floats of two packed elements, x from the low half.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack2<__half>(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t pair) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
 // Multiplies rows lane/4 (half 0) and lane/4 + 8 (half 1) of each 16-row tile.
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void scale_rows(float (&tile)[kMTiles][kNTiles][4],

@@ -27,6 +27,12 @@ __device__ __forceinline__ float finite_reference(float reference) {
 constexpr float kHeadroom = 8.0f;  // log2
 constexpr float kLog2E = 1.44269504088896341f;
 
+// What turns raw scores into log2 weights, the sign aside. Not 0, so that -inf stays -inf, and far
+// enough from it that the log2 of a weight divided by it is finite.
+__device__ __forceinline__ float exponent_scale(float scale) {
+    return fmaxf(fabsf(scale) * kLog2E, 0x1p-110f);
+}
+
 template <int kMTiles>
 struct OnlineSoftmax {
     float reference[kMTiles][2];  // log2

@@ -37,6 +37,10 @@ struct TileRows {
         tile_index = head * ceil_div(p.query_len, positions) + tile;
     }
 
+    // In [B, Hkv].
+    __device__ int flat_kv_head(const Problem& p) const {
+        return batch * static_cast<int>(p.kv_heads) + kv_head;
+    }
     __device__ int rows() const { return positions * group; }
     __device__ int64_t query(int row) const { return first_query + (row & (positions - 1)); }
     __device__ int head(int row) const { return kv_head * group + (row >> log2_positions); }

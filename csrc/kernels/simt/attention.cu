@@ -2,9 +2,9 @@
 // A CTA takes 32 rows of a tile and walks the blocks that the tile attends, 32 keys at a time: keys
 // are staged and scored (one key per lane), then values are staged in the same memory and added up
 // (some channels per lane).
-#include "device/block_walk.h"
-#include "device/tile_rows.h"
+#include "device/tile_walk.h"
 #include "kernels/launch.h"
+#include "kernels/simt/far_rows.h"
 #include "kernels/simt/key_tile.h"
 
 namespace condensate::kernels {
@@ -29,6 +29,7 @@ struct AttentionSmem {
     float queries[kCtaRows * kDim];
     float weights[kWarps][kTileKeys][kWarpRows];
     RowSupport supports[kCtaRows];
+    FarSmem far;
     KeyTile<kDim> tile;  // keys, then values
 };
 
@@ -194,6 +195,35 @@ __device__ __forceinline__ void attend_keys(RowState<kDim> (&states)[kWarpRows],
     add_values(states, smem);
 }
 
+// Attends to the 32 pooled rows from `first` on. All threads of the CTA call it.
+template <class T, int kDim>
+__device__ __forceinline__ void attend_pools(RowState<kDim> (&states)[kWarpRows],
+                                             AttentionSmem<kDim>& smem,
+                                             const AttentionParams& params, int head,
+                                             const device::FarTile& far, int first) {
+    const Problem& problem = params.problem;
+    Lane lane;
+    float* tile = smem.tile.element;
+    constexpr int kStride = KeyTile<kDim>::kStride;
+
+    __syncthreads();  // everyone is done with the previous values
+    stage_pools<T, kDim>(tile, smem.far, params, head, far, 0, first);
+    __syncthreads();
+    float score[kWarpRows];
+    score_rows(score, smem.queries + lane.row(0) * kDim, kDim, tile + lane.lane * kStride,
+               static_cast<int>(problem.head_dim), problem.scale);
+    const int keys = smem.far.keys[lane.lane];
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r) {
+        float weighted = keys > 0 ? score[r] + logf(static_cast<float>(keys)) : -INFINITY;
+        smem.weights[lane.warp][lane.lane][r] = states[r].weigh(weighted);
+    }
+    __syncthreads();  // everyone is done with the keys; the warp's weights are written
+    stage_pools<T, kDim>(tile, smem.far, params, head, far, 1, first);
+    __syncthreads();
+    add_values(states, smem);
+}
+
 // 256 channels take more registers than two CTAs leave each other.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
@@ -210,22 +240,22 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
 
     const Ranges ranges = problem.ranges();
     const TileSpan span = cta.tile.span();
-    const int32_t* list = nullptr;
-    int64_t count = 0, width = 0;
-    if (params.block_indices) {
-        list = params.block_indices + cta.tile.tile_index * params.max_blocks;
-        count = params.block_counts[cta.tile.tile_index];
-        width = params.max_blocks;
-    }
+    const bool has_far = params.far_field.key.given();  // then blocks are attended whole
     // Thresholds judge single keys, so every visible block has to be scored.
-    device::BlockWalk walk = params.threshold ? device::BlockWalk(ranges, span)
-                                              : device::BlockWalk(ranges, span, list, count, width);
+    device::BlockWalk walk =
+        params.threshold ? device::BlockWalk(ranges, span) : device::tile_walk(params, cta.tile);
     for (device::BlockStep step = walk.next(); step.block != INT_MAX; step = walk.next()) {
         int64_t begin = int64_t{step.block} * kBlockKeys;
         for (int64_t first = begin; first < begin + kBlockKeys; first += kTileKeys) {
             if (first >= problem.kv_len || (problem.causal && first > span.last)) break;
-            attend_keys<T, kDim>(states, smem, params, cta, first, step.listed);
+            attend_keys<T, kDim>(states, smem, params, cta, first, step.listed || has_far);
         }
+    }
+    if (has_far) {
+        const device::FarTile far(device::FarShape::of(problem.kv_len), ranges, span);
+        smem.far.walks[threadIdx.x / 32].set(params, cta.tile);
+        for (int first = 0; first < far.pools(); first += kTileKeys)
+            attend_pools<T, kDim>(states, smem, params, cta.tile.flat_kv_head(problem), far, first);
     }
     store_rows<T, kDim>(states, params, cta);
     if (walk.errors && threadIdx.x == 0) atomicOr(error_word, walk.errors);

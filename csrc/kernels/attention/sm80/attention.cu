@@ -1,4 +1,5 @@
-// Chooses the instantiation: element type, padded head_dim, rows per CTA, exact thresholds or not.
+// Chooses the instantiation: element type, padded head_dim, rows per CTA, exact thresholds, far
+// field.
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/launch.h"
 
@@ -15,26 +16,31 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
                   sizeof(typename Traits::Smem), context, params, parts, context.error_word);
 }
 
-template <class T, int kDim>
+template <class T, int kDim, bool kFar>
 Status choose_rows(const AttentionParams& params, const LaunchContext& context) {
     const Problem& p = params.problem;
-    if (params.threshold) {
-        return run<sm80::AttentionTraits<T, kDim, 1, true>>(params, context);
-    }
     if constexpr (kDim <= 128) {  // 32 rows of 256 output channels do not fit a warp's registers
         int64_t positions = min_i64(tile_positions(p.group()), p.query_len);
         if (positions * p.group() > 64) {
-            return run<sm80::AttentionTraits<T, kDim, 2, false>>(params, context);
+            return run<sm80::AttentionTraits<T, kDim, 2, false, kFar>>(params, context);
         }
     }
-    return run<sm80::AttentionTraits<T, kDim, 1, false>>(params, context);
+    return run<sm80::AttentionTraits<T, kDim, 1, false, kFar>>(params, context);
+}
+
+template <class T, int kDim>
+Status choose_support(const AttentionParams& params, const LaunchContext& context) {
+    if (params.threshold)
+        return run<sm80::AttentionTraits<T, kDim, 1, true, false>>(params, context);
+    return params.far_field.key.given() ? choose_rows<T, kDim, true>(params, context)
+                                        : choose_rows<T, kDim, false>(params, context);
 }
 
 template <class T>
 Status choose_dim(const AttentionParams& params, const LaunchContext& context) {
-    if (params.problem.head_dim <= 64) return choose_rows<T, 64>(params, context);
-    if (params.problem.head_dim <= 128) return choose_rows<T, 128>(params, context);
-    return choose_rows<T, 256>(params, context);
+    if (params.problem.head_dim <= 64) return choose_support<T, 64>(params, context);
+    if (params.problem.head_dim <= 128) return choose_support<T, 128>(params, context);
+    return choose_support<T, 256>(params, context);
 }
 
 }  // namespace

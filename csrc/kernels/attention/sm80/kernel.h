@@ -2,55 +2,17 @@
 // warps of 16 or 32 rows, K and V double-buffered by cp.async.
 #pragma once
 
-#include <cfloat>
-
 #include "condensate/params.h"
-#include "device/block_walk.h"
 #include "device/mma_tile.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
 #include "device/softmax.h"
-#include "device/tile_rows.h"
+#include "device/tile_walk.h"
+#include "kernels/attention/sm80/far_step.h"
+#include "kernels/attention/sm80/steps.h"
 #include "kernels/attention/sm80/traits.h"
 
 namespace condensate::kernels::sm80 {
-
-// The keys of one pipeline step.
-struct Step {
-    int64_t key_begin;  // negative at the end
-    bool partial;       // the mask must be evaluated
-    bool listed;
-};
-
-// Cuts the walk's blocks into steps of kStepKeys keys.
-template <class Traits>
-class StepWalk {
-  public:
-    __device__ StepWalk(const Ranges& ranges, TileSpan tile, device::BlockWalk walk)
-        : ranges_(ranges), tile_(tile), walk_(walk) {}
-
-    __device__ Step next() {
-        if (key_ % kBlockKeys == 0) {
-            device::BlockStep block = walk_.next();
-            if (block.block == INT_MAX) return {-1, false, false};
-            key_ = int64_t{block.block} * kBlockKeys;
-            listed_ = block.listed;
-            partial_ = Traits::kExact ||
-                       block_cover(ranges_, tile_, block.block, listed_) != BlockCover::kFull;
-        }
-        Step step = {key_, partial_, listed_};
-        key_ += Traits::kStepKeys;
-        return step;
-    }
-    __device__ uint32_t errors() const { return walk_.errors; }
-
-  private:
-    Ranges ranges_;
-    TileSpan tile_;
-    device::BlockWalk walk_;
-    int64_t key_ = 0;
-    bool listed_ = false, partial_ = false;
-};
 
 template <class Traits>
 __device__ __forceinline__ void load_queries(typename Traits::Smem& smem,
@@ -225,17 +187,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     const Ranges ranges = problem.ranges();
     const TileSpan span = tile.span();
 
-    const int32_t* list = nullptr;
-    int64_t list_count = 0;
-    if (params.block_indices) {
-        list = params.block_indices + tile.tile_index * params.max_blocks;
-        list_count = params.block_counts[tile.tile_index];
-    }
-    StepWalk<Traits> walk(ranges, span,
-                          Traits::kExact ? device::BlockWalk(ranges, span)
-                                         : device::BlockWalk(ranges, span, list, list_count,
-                                                             list ? params.max_blocks : 0));
-
     RowThresholds<Traits::kMTiles> thresholds;
     if constexpr (Traits::kExact) {
         load_thresholds<Traits>(thresholds, params, tile, first_row + warp_row);
@@ -257,9 +208,31 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 
     float out[Traits::kMTiles][Traits::kDTiles][4] = {};
     device::OnlineSoftmax<Traits::kMTiles> softmax;
-    const float scale_log2 = fmaxf(fabsf(problem.scale) * device::kLog2E, FLT_MIN);
+    const float scale_log2 = device::exponent_scale(problem.scale);
+    auto score = [&](float (&scores)[Traits::kMTiles][Traits::kNTiles][4], int stage) {
+        device::score_tile<T, Traits::kDim>(scores, ptx::smem_address(smem.q), warp_row,
+                                            ptx::smem_address(smem.k[stage]));
+    };
+    auto accumulate = [&](float (&scores)[Traits::kMTiles][Traits::kNTiles][4], int stage) {
+        float rescale[Traits::kMTiles][2];
+        if (softmax.raise(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
+        softmax.weigh(scores, scale_log2);
+        accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
+    };
 
     load_queries<Traits>(smem, params, tile, first_row);
+    if constexpr (Traits::kFar)
+        for_far_steps<Traits>(smem, params, blockIdx.x / parts, [&](int stage, const float* bias) {
+            float scores[Traits::kMTiles][Traits::kNTiles][4];
+            score(scores, stage);
+            if (problem.scale < 0.0f) device::negate(scores);
+            add_far_bias(scores, bias);
+            accumulate(scores, stage);
+        });
+
+    StepWalk<Traits> walk(
+        ranges, span,
+        Traits::kExact ? device::BlockWalk(ranges, span) : device::tile_walk(params, tile));
     Step step = walk.next();
     if (step.key_begin >= 0) load_step(step, 0);
     ptx::cp_async_commit();
@@ -272,18 +245,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         ptx::cp_async_commit();
 
         float scores[Traits::kMTiles][Traits::kNTiles][4];
-        device::score_tile<T, Traits::kDim>(scores, ptx::smem_address(smem.q), warp_row,
-                                            ptx::smem_address(smem.k[stage]));
+        score(scores, stage);
         if (step.partial) {
             mask_scores<Traits>(scores, ranges, step, tile, first_row + warp_row, problem.scale,
                                 thresholds);
         }
         if (problem.scale < 0.0f) device::negate(scores);
-
-        float rescale[Traits::kMTiles][2];
-        if (softmax.raise(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
-        softmax.weigh(scores, scale_log2);
-        accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
+        accumulate(scores, stage);
         step = next;
     }
 

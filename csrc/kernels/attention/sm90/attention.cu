@@ -1,4 +1,4 @@
-// Chooses the instantiation: element type, head_dim, warpgroups of a tile.
+// Chooses the instantiation: element type, head_dim, warpgroups of a tile, far field.
 
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/launch.h"
@@ -28,7 +28,12 @@ Status make_maps(const AttentionParams& params, sm90::TensorMaps* maps) {
     if (status.ok()) status = make_tensor_map(of_queries(out), &maps->out);
     if (status.ok()) status = make_tensor_map(of_keys(params.key), &maps->key);
     if (status.ok()) status = make_tensor_map(of_keys(params.value), &maps->value);
-    return status;
+    if (!status.ok() || !params.far_field.key.given()) return status;
+
+    maps->far = device::FarShape::of(p.kv_len);
+    const int64_t heads = p.batch * p.kv_heads, pools = num_far_pools(p.kv_len);
+    ConstTensor4 means = {params.far_field.means, heads * pools * d, pools * d, d};
+    return make_tensor_map({means, 2, heads, pools, d, p.dtype, 1, kBlockKeys}, &maps->far_means);
 }
 
 template <class Traits>
@@ -44,23 +49,30 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
                   context.error_word);
 }
 
-template <class T>
+template <class T, bool kFar>
 Status choose(const AttentionParams& params, const LaunchContext& context) {
     using sm90::AttentionTraits;
     const int group = params.problem.group();
     const bool small = tile_positions(group) * group <= 64;
     if (params.problem.head_dim == 64)
-        return small ? run<AttentionTraits<T, 64, 1, 1, 3>>(params, context)
-                     : run<AttentionTraits<T, 64, 2, 2, 1>>(params, context);
-    return small ? run<AttentionTraits<T, 128, 1, 1, 2>>(params, context)
-                 : run<AttentionTraits<T, 128, 2, 2, 1>>(params, context);
+        // Three CTAs would leave too few registers to the far field's warps.
+        return small ? run<AttentionTraits<T, 64, 1, 1, kFar ? 2 : 3, kFar>>(params, context)
+                     : run<AttentionTraits<T, 64, 2, 2, 1, kFar>>(params, context);
+    return small ? run<AttentionTraits<T, 128, 1, 1, 2, kFar>>(params, context)
+                 : run<AttentionTraits<T, 128, 2, 2, 1, kFar>>(params, context);
+}
+
+template <class T>
+Status choose_support(const AttentionParams& params, const LaunchContext& context) {
+    return params.far_field.key.given() ? choose<T, true>(params, context)
+                                        : choose<T, false>(params, context);
 }
 
 }  // namespace
 
 Status attention_sm90(const AttentionParams& params, const LaunchContext& context) {
-    return params.problem.dtype == DType::kFloat16 ? choose<__half>(params, context)
-                                                   : choose<__nv_bfloat16>(params, context);
+    return params.problem.dtype == DType::kFloat16 ? choose_support<__half>(params, context)
+                                                   : choose_support<__nv_bfloat16>(params, context);
 }
 
 }  // namespace condensate::kernels

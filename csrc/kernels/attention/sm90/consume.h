@@ -2,8 +2,7 @@
 // step with its values, the warps turn the next step's scores into weights.
 #pragma once
 
-#include <cfloat>
-
+#include "device/far_rows.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
 #include "device/smem_tile.h"
@@ -33,7 +32,7 @@ class Consumer {
           params_(params),
           maps_(maps),
           ranges_(params.problem.ranges()),
-          scale_log2_(fmaxf(fabsf(params.problem.scale) * device::kLog2E, FLT_MIN)),
+          scale_log2_(device::exponent_scale(params.problem.scale)),
           warpgroup_(static_cast<int>(threadIdx.x) / 128) {}
 
     __device__ void tile(const device::TileRows& tile) {
@@ -53,9 +52,11 @@ class Consumer {
         softmax.raise(scores, scale_log2_, rescale);  // nothing to rescale yet
         softmax.weigh(scores, scale_log2_);
         pack(weights, scores);
+        release_out();
         while (!step.last) {
+            const bool far_values = Traits::kFar && step.far;
             step = start_scores(scores);
-            start_values(out, weights);
+            start_values(out, weights, far_values);
             ptx::wgmma_wait<1>();
             ptx::pin_registers(scores[0]);
             release_scored(step);
@@ -68,10 +69,14 @@ class Consumer {
             if (raised) device::scale_rows(out, rescale);
             pack(weights, scores);
         }
-        start_values(out, weights);
+        start_values(out, weights, Traits::kFar && step.far);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out[0]);
         release_values();
+        if (Traits::kFar && !step.far) {  // nothing was condensed
+            await_far_keys();
+            await_far_values();
+        }
         softmax.reduce_sums();
         store(tile, out, softmax);
     }
@@ -85,6 +90,7 @@ class Consumer {
         const int s = k_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_full[s]), k_ring_.parity);
         Step step = smem_.steps[s];
+        if (Traits::kFar && step.far) await_far_keys();
         uint32_t q = ptx::smem_address(smem_.q) + warpgroup_ * 64 * 128;
         uint32_t k = ptx::smem_address(smem_.k[s]);
         ptx::pin_registers(scores[0]);
@@ -101,9 +107,10 @@ class Consumer {
     }
 
     // Issues out += weights * values for the step whose weights were packed last.
-    __device__ void start_values(Output& out, const Weights& weights) {
+    __device__ void start_values(Output& out, const Weights& weights, bool far) {
         const int s = v_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_full[s]), v_ring_.parity);
+        if (far) await_far_values();
         uint32_t v = ptx::smem_address(smem_.v[s]);
         ptx::pin_registers(out[0]);
         ptx::wgmma_fence();
@@ -112,6 +119,25 @@ class Consumer {
             ptx::wgmma<T>(out[0], weights[k],
                           ptx::smem_operand(v + k * 16 * 128, Traits::kKeyPanelBytes), 1);
         ptx::wgmma_commit();
+    }
+
+    // Lets the far field's warps write where the last tile's output was.
+    __device__ void release_out() {
+        if constexpr (Traits::kFar) {
+            if (threadIdx.x % 128 != 0) return;
+            ptx::tensor_store_wait_read();
+            ptx::mbarrier_arrive(ptx::smem_address(&smem_.out_free));
+        }
+    }
+    __device__ void await_far_keys() {
+        if constexpr (Traits::kFar)
+            ptx::mbarrier_wait(ptx::smem_address(&smem_.far_keys), far_parities_ & 1);
+        far_parities_ ^= 1;
+    }
+    __device__ void await_far_values() {
+        if constexpr (Traits::kFar)
+            ptx::mbarrier_wait(ptx::smem_address(&smem_.far_values), far_parities_ >> 1);
+        far_parities_ ^= 2;
     }
 
     __device__ void release_scored(const Step& step) {
@@ -128,8 +154,28 @@ class Consumer {
         v_ring_.advance();
     }
 
-    // Drops the scores outside the rows' supports.
+    // Drops the scores that do not count, and turns the others' signs to the weights'.
     __device__ void mask(Scores& scores, const Step& step, const device::TileRows& tile) const {
+        if (!Traits::kFar || !step.far) mask_blocks(scores, step, tile);
+        if (params_.problem.scale < 0.0f) device::negate(scores);
+        if (Traits::kFar && step.far) add_far_bias(scores, step);
+    }
+
+    // A pooled row counts as many keys as it stands for.
+    __device__ void add_far_bias(Scores& scores, const Step& step) const {
+        if constexpr (Traits::kFar) {
+            const float* bias = smem_.far_bias + step.block[0] + 2 * (lane() & 3);
+#pragma unroll
+            for (int n = 0; n < Traits::kNTiles; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    scores[0][n][e] = device::add_far_bias(scores[0][n][e], bias[8 * n + e % 2]);
+        }
+    }
+
+    // Drops the scores outside the rows' supports.
+    __device__ void mask_blocks(Scores& scores, const Step& step,
+                                const device::TileRows& tile) const {
 #pragma unroll
         for (int j = 0; j < Traits::kStepBlocks; ++j) {
             if (step.full[j]) continue;
@@ -138,7 +184,8 @@ class Consumer {
             for (int half = 0; half < 2; ++half) {
                 int64_t position = tile.position(warp_row() + 8 * half + lane() / 4);
                 uint64_t kept = device::visible_bits(ranges_, position, key_begin);
-                if (!step.listed[j]) kept &= device::range_bits(ranges_, position, key_begin);
+                if (!Traits::kFar && !step.listed[j])
+                    kept &= device::range_bits(ranges_, position, key_begin);
                 kept >>= 2 * (lane() & 3);
 #pragma unroll
                 for (int n = 0; n < 8; ++n)
@@ -148,7 +195,6 @@ class Consumer {
                             scores[0][8 * j + n][2 * half + e] = -INFINITY;
             }
         }
-        if (params_.problem.scale < 0.0f) device::negate(scores);
     }
 
     // Weights in the A layout, rounded to the values' type.
@@ -211,6 +257,7 @@ class Consumer {
     Ring<Traits::kKeyStages> k_ring_;
     Ring<Traits::kValueStages> v_ring_;
     uint32_t q_parity_ = 0;
+    uint32_t far_parities_ = 0;  // bit 0 of keys, bit 1 of values
 };
 
 }  // namespace condensate::kernels::sm90

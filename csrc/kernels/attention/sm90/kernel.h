@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/attention/sm90/consume.h"
+#include "kernels/attention/sm90/far_rows.h"
 #include "kernels/attention/sm90/produce.h"
 #include "kernels/attention/sm90/schedule.h"
 #include "ptx/registers.h"
@@ -21,6 +22,11 @@ __device__ void init_barriers(typename Traits::Smem& smem) {
         ptx::mbarrier_init(ptx::smem_address(&smem.v_full[s]), 1);
         ptx::mbarrier_init(ptx::smem_address(&smem.v_empty[s]), Traits::kConsumerWarps);
     }
+    if constexpr (Traits::kFar) {
+        ptx::mbarrier_init(ptx::smem_address(&smem.out_free), Traits::kConsumers);
+        ptx::mbarrier_init(ptx::smem_address(&smem.far_keys), Traits::kFarWarps);
+        ptx::mbarrier_init(ptx::smem_address(&smem.far_values), Traits::kFarWarps);
+    }
     ptx::fence_mbarrier_init();
 }
 
@@ -36,6 +42,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
     if (threadIdx.x >= 32 * Traits::kConsumerWarps) {
         ptx::release_registers<Traits::kProducerRegisters>();
+        if constexpr (Traits::kFar) {
+            if (threadIdx.x >= 32 * (Traits::kConsumerWarps + 1)) {
+                FarRows<Traits> rows(smem, params, maps);
+                schedule.for_each(params.problem,
+                                  [&](const device::TileRows& tile) { rows.tile(tile); });
+                return;
+            }
+        }
         if (threadIdx.x != 32 * Traits::kConsumerWarps) return;
         Producer<Traits> producer(smem, params, maps);
         schedule.for_each(params.problem,

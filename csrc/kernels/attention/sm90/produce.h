@@ -2,8 +2,8 @@
 // consumers.
 #pragma once
 
-#include "device/block_walk.h"
-#include "device/tile_rows.h"
+#include "device/far_rows.h"
+#include "device/tile_walk.h"
 #include "kernels/attention/sm90/pipeline.h"
 #include "kernels/attention/sm90/tensors.h"
 #include "kernels/attention/sm90/traits.h"
@@ -26,13 +26,9 @@ class Producer {
         load_queries(tile);
         const Ranges ranges = params_.problem.ranges();
         const TileSpan span = tile.span();
-        const int32_t* list = nullptr;
-        int64_t count = 0;
-        if (params_.block_indices) {
-            list = params_.block_indices + tile.tile_index * params_.max_blocks;
-            count = params_.block_counts[tile.tile_index];
-        }
-        device::BlockWalk walk(ranges, span, list, count, list ? params_.max_blocks : 0);
+        const device::FarTile far(maps_.far, ranges, span);
+        int64_t condensed = Traits::kFar ? far.all_keys() : 0;  // keys, less the walked ones
+        device::BlockWalk walk = device::tile_walk(params_, tile);
         device::BlockStep block = walk.next();
         bool last = false;
         while (!last) {  // at least one step, perhaps without blocks
@@ -41,14 +37,18 @@ class Producer {
             for (int j = 0; j < Traits::kStepBlocks; ++j) {
                 bool exists = block.block != INT_MAX;
                 step.block[j] = exists ? block.block : static_cast<int>(num_blocks(ranges.kv_len));
-                step.listed[j] = block.listed;
-                step.full[j] = exists && block_cover(ranges, span, block.block, block.listed) ==
+                step.listed[j] = block.listed || Traits::kFar;  // then blocks are attended whole
+                step.full[j] = exists && block_cover(ranges, span, block.block, step.listed[j]) ==
                                              BlockCover::kFull;
+                if (Traits::kFar && block.block < far.end) condensed -= far.block_keys(block.block);
                 if (exists) block = walk.next();
             }
-            last = step.last = block.block == INT_MAX;
+            last = block.block == INT_MAX;
+            step.last = last && condensed == 0;
+            if constexpr (Traits::kFar) step.far = false;
             load_step(tile, step);
         }
+        if (condensed > 0) load_pools(tile, far.pools());
         errors |= walk.errors;
     }
 
@@ -71,21 +71,54 @@ class Producer {
                                     tile.head(0) + box * maps_.box_heads, tile.batch);
     }
 
+    // Premade means of the tile's pools.
+    __device__ void load_pools(const device::TileRows& tile, int pools) {
+        for (int first = 0; first < pools; first += Traits::kStepKeys) {
+            Step step = {};
+            step.block[0] = first;
+            step.last = first + Traits::kStepKeys >= pools;
+            step.far = true;
+            load_step(tile, step);
+        }
+    }
+
     __device__ void load_step(const device::TileRows& tile, const Step& step) {
         int s = k_ring_.stage;
         uint32_t full = ptx::smem_address(&smem_.k_full[s]);
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
         ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
-        load_blocks(tile, step, &maps_.key, ptx::smem_address(smem_.k[s]), full);
+        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), full);
         k_ring_.advance();
 
         s = v_ring_.stage;
         full = ptx::smem_address(&smem_.v_full[s]);
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), v_ring_.parity ^ 1);
         ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
-        load_blocks(tile, step, &maps_.value, ptx::smem_address(smem_.v[s]), full);
+        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), full);
         v_ring_.advance();
+    }
+
+    // Keys (`which` 0) or values of a step's blocks, or of its pools.
+    __device__ void load_rows(const device::TileRows& tile, const Step& step, int which,
+                              uint32_t dst_smem, uint32_t barrier) {
+        if (Traits::kFar && step.far)
+            load_means(tile, step.block[0], which, dst_smem, barrier);
+        else
+            load_blocks(tile, step, which == 0 ? &maps_.key : &maps_.value, dst_smem, barrier);
+    }
+
+    // Pools that do not exist lie behind the last one: they become zeros.
+    __device__ void load_means(const device::TileRows& tile, int first, int which,
+                               uint32_t dst_smem, uint32_t barrier) {
+        const int head = tile.flat_kv_head(params_.problem);
+#pragma unroll
+        for (int panel = 0; panel < Traits::kPanels; ++panel)
+#pragma unroll
+            for (int j = 0; j < Traits::kStepBlocks; ++j)
+                ptx::tensor_load_4d(
+                    dst_smem + panel * Traits::kKeyPanelBytes + j * Traits::kBlockBytes,
+                    &maps_.far_means, barrier, panel * 64, first + j * kBlockKeys, head, which);
     }
 
     // Blocks that do not exist lie behind the last key: they become zeros.

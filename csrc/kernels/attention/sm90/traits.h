@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "condensate/geometry.h"
+#include "device/far_rows.h"
 
 namespace condensate::kernels::sm90 {
 
@@ -11,28 +11,45 @@ namespace condensate::kernels::sm90 {
 template <int kStepBlocks>
 struct Step {
     int block[kStepBlocks];     // past the last block of all keys where there is none
+                                // of a far step, the first pool
     uint8_t full[kStepBlocks];  // every row attends every key
     uint8_t listed[kStepBlocks];
     bool last;  // of the tile
+    bool far;   // pooled rows instead of blocks; set with the far field only
 };
 
 enum NamedBarrier : int {  // 0 is __syncthreads
     kWarpgroupStore = 1,   // + consumer: its rows are in shared memory
+    kFarThreads = 3,       // the warps that make pooled rows
 };
 
-// kConsumers warpgroups of 64 rows and one that feeds them.
-template <class T_, int kDim_, int kConsumers_, int kStepBlocks_, int kCtasPerSm_>
+// Shared memory of the far field.
+template <bool kFar, int kMadeRows>
+struct FarSmem {};
+template <int kMadeRows>
+struct FarSmem<true, kMadeRows> {
+    float far_bias[kFarPools];     // log2 of a pooled row's weight in units of raw scores
+    uint8_t made_pool[kMadeRows];  // of the rows made in `out`
+    device::WalkSmem walks[3];
+    uint64_t out_free;              // the last tile's output has left
+    uint64_t far_keys, far_values;  // a far step's rows are what they should be
+};
+
+// kConsumers warpgroups of 64 rows and one that feeds them. The far field is a template parameter
+// because its warps need registers, which the consumers have to give up.
+template <class T_, int kDim_, int kConsumers_, int kStepBlocks_, int kCtasPerSm_, bool kFar_>
 struct AttentionTraits {
     using T = T_;
     static constexpr int kDim = kDim_;  // head_dim
     static constexpr int kConsumers = kConsumers_;
     static constexpr int kStepBlocks = kStepBlocks_;
     static constexpr int kCtasPerSm = kCtasPerSm_;
+    static constexpr bool kFar = kFar_;
     static constexpr int kConsumerWarps = 4 * kConsumers;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Registers of a thread: what a CTA is launched with, then what the producer leaves over.
     static constexpr int kLaunchRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
-    static constexpr int kProducerRegisters = 24;
+    static constexpr int kProducerRegisters = kFar ? 56 : 24;
     static constexpr int kSpareRegisters = (kLaunchRegisters - kProducerRegisters) / kConsumers;
     static constexpr int kConsumerRegisters = (kLaunchRegisters + kSpareRegisters) / 8 * 8 < 240
                                                   ? (kLaunchRegisters + kSpareRegisters) / 8 * 8
@@ -50,13 +67,17 @@ struct AttentionTraits {
     static constexpr int kKeyPanelBytes = kStepKeys * 128;
     static constexpr int kBlockBytes = kBlockKeys * 128;
     static constexpr int kStageBytes = kPanels * kKeyPanelBytes;  // of K, and of V
+    static constexpr int kFarWarps = 3;                           // of the producer's warpgroup
+    static constexpr int kMadeRows = kRows / 2;  // pooled rows of K and V that fit in `out`
 
     // Tiles of 64-channel panels, each [row][64] in 128-byte swizzle.
-    struct alignas(1024) Smem {
+    struct alignas(1024) Tiles {
         T q[kPanels][kRows * 64];
         T out[kPanels][kRows * 64];
         T k[kKeyStages][kPanels][kStepKeys * 64];
         T v[kValueStages][kPanels][kStepKeys * 64];
+    };
+    struct Smem : Tiles, FarSmem<kFar, kMadeRows> {
         Step steps[kKeyStages];
         uint64_t q_full, q_empty;
         uint64_t k_full[kKeyStages], k_empty[kKeyStages];

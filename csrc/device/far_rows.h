@@ -1,0 +1,229 @@
+// The far field's pooled rows: what a tile leaves of each pool. The pools that its walk visits no
+// block of, and that far_end does not cut, are the premade means; the others are made here.
+//
+// Arithmetic is float32. What is left of a pool is its sum less the walked blocks. Of the pool that
+// far_end cuts, and of channels where that difference is not finite, the condensed blocks are added
+// up instead: nothing of a later key may enter, and no infinity of a walked one.
+#pragma once
+
+#include <cstdint>
+
+#include "condensate/far_field.h"
+#include "condensate/params.h"
+#include "device/pack.h"
+#include "device/softmax.h"
+#include "device/tile_walk.h"
+
+namespace condensate::device {
+
+// The pools of all keys. Blocks fit int as in BlockWalk.
+struct FarShape {
+    int blocks;     // of all keys
+    int missing;    // keys that the last one lacks
+    int log2_pool;  // blocks of a pool
+
+    static CONDENSATE_HOST_DEVICE FarShape of(int64_t kv_len) {
+        const int64_t blocks = num_blocks(kv_len), pool = far_pool_blocks(kv_len);
+        int log2_pool = 0;
+        while (int64_t{1} << log2_pool < pool) ++log2_pool;
+        return {static_cast<int>(blocks), static_cast<int>(blocks * kBlockKeys - kv_len),
+                log2_pool};
+    }
+};
+
+// The pools of one tile.
+struct FarTile : FarShape {
+    int end;  // blocks that every row sees: far_end()
+
+    __device__ FarTile(const FarShape& shape, const Ranges& ranges, TileSpan span)
+        : FarShape(shape), end(static_cast<int>(far_end(ranges, span))) {}
+
+    // Pools of all keys, and those with a block below `end`.
+    __device__ int all_pools() const { return (blocks + (1 << log2_pool) - 1) >> log2_pool; }
+    __device__ int pools() const { return (end + (1 << log2_pool) - 1) >> log2_pool; }
+    __device__ int first_block(int pool) const { return pool << log2_pool; }
+    __device__ int end_block(int pool) const { return min((pool + 1) << log2_pool, end); }
+    __device__ bool is_cut(int pool) const { return end < min((pool + 1) << log2_pool, blocks); }
+
+    // Keys of blocks [first, last), of which there is at least one.
+    __device__ int64_t keys(int first, int last) const {
+        return int64_t{last - first} * kBlockKeys - (last == blocks ? missing : 0);
+    }
+    __device__ int block_keys(int block) const {
+        return kBlockKeys - (block == blocks - 1 ? missing : 0);
+    }
+    __device__ int pool_keys(int pool) const {
+        return static_cast<int>(keys(first_block(pool), end_block(pool)));
+    }
+    // Keys below `end`, walked or not.
+    __device__ int64_t all_keys() const { return end > 0 ? keys(0, end) : 0; }
+
+    // The first pool after `previous` whose row is not its premade mean, pools() when there is
+    // none. The walk stands on its first block behind `previous`.
+    __device__ int next_changed(int previous, int walked_block) const {
+        if (walked_block < end) return walked_block >> log2_pool;
+        int last = pools() - 1;
+        return last > previous && is_cut(last) ? last : pools();
+    }
+};
+
+// log2 of a pooled row's weight in units of raw scores, -inf for a row that is not there.
+__device__ __forceinline__ float far_bias(int keys, float scale) {
+    return keys > 0 ? __fdividef(log2f(static_cast<float>(keys)), exponent_scale(scale))
+                    : -INFINITY;
+}
+__device__ __forceinline__ float add_far_bias(float score, float bias) {
+    return bias == -INFINITY ? bias : score + bias;  // also where the score is NaN
+}
+
+// Where a head's pools begin in FarPoolsParams' sums and means: `which` is 0 for keys, 1 for
+// values.
+__device__ __forceinline__ int64_t far_pools_offset(const Problem& p, const FarTile& far, int which,
+                                                    int head) {
+    return (which * p.batch * p.kv_heads + head) * far.all_pools() * p.head_dim;
+}
+
+// kElems consecutive channels of a head's key or value means, read as one.
+template <class T, int kElems_>
+struct WideChannels {
+    static constexpr int kElems = kElems_;
+    static constexpr int kPairs = kElems / 2;
+    static constexpr int kInFlight = 2;  // loads of a lane
+    struct alignas(2 * kElems) Packed {
+        uint32_t pair[kPairs];
+    };
+    struct alignas(kElems < 4 ? 8 : 16) Floats {
+        float elem[kElems];
+    };
+
+    const T* means;     // of block 0
+    const float* sums;  // of pool 0
+    int stride_block;   // elements; a block's summaries are few
+    int head_dim;
+
+    __device__ WideChannels(const AttentionParams& params, const FarTile& far, int head, int which,
+                            int part) {
+        const Problem& p = params.problem;
+        const BlockMeans& blocks = which == 0 ? params.far_field.key : params.far_field.value;
+        means = static_cast<const T*>(blocks.data) + head * blocks.stride_head + part * kElems;
+        stride_block = static_cast<int>(blocks.stride_block);
+        sums = params.far_field.sums + far_pools_offset(p, far, which, head) + part * kElems;
+        head_dim = static_cast<int>(p.head_dim);
+    }
+
+    // sum += keys * the block's mean.
+    __device__ __forceinline__ void add(float (&sum)[kElems], int block, int keys) const {
+        const Packed mean = *reinterpret_cast<const Packed*>(means + int64_t{block} * stride_block);
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) {
+            float2 pair = unpack2<T>(mean.pair[i]);
+            sum[2 * i] = fmaf(static_cast<float>(keys), pair.x, sum[2 * i]);
+            sum[2 * i + 1] = fmaf(static_cast<float>(keys), pair.y, sum[2 * i + 1]);
+        }
+    }
+    __device__ __forceinline__ void load_sum(float (&sum)[kElems], int pool) const {
+        const Floats of_pool = *reinterpret_cast<const Floats*>(sums + int64_t{pool} * head_dim);
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) sum[e] = of_pool.elem[e];
+    }
+    __device__ static Packed round(const float (&mean)[kElems]) {
+        Packed packed;
+#pragma unroll
+        for (int i = 0; i < kPairs; ++i) packed.pair[i] = pack2<T>(mean[2 * i], mean[2 * i + 1]);
+        return packed;
+    }
+};
+
+// sum = the pool's blocks below far_end that are not walked, one by one. Returns their keys. The
+// walk passes the pool.
+template <class Channels>
+__device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
+                                             const Channels& channels, const FarTile& far, int pool,
+                                             WarpWalk& walked) {
+#pragma unroll
+    for (int e = 0; e < Channels::kElems; ++e) sum[e] = 0.0f;
+    int keys = far.pool_keys(pool);
+    int block = far.first_block(pool);
+    const int end = far.end_block(pool);
+    while (true) {
+        const int run_end = min(walked.block, end);
+#pragma unroll Channels::kInFlight
+        for (; block < run_end; ++block) channels.add(sum, block, far.block_keys(block));
+        if (walked.block >= end) return keys;
+        keys -= far.block_keys(block);
+        ++block;
+        walked.next();
+    }
+}
+
+// sum = the premade sum of a whole pool less the walked blocks. Returns the keys that are left. The
+// walk passes the pool.
+template <class Channels>
+__device__ __forceinline__ int subtract_walked(float (&sum)[Channels::kElems],
+                                               const Channels& channels, const FarTile& far,
+                                               int pool, WarpWalk& walked) {
+    channels.load_sum(sum, pool);
+    int keys = far.pool_keys(pool);
+    for (; walked.block < far.end_block(pool); walked.next()) {
+        const int block_keys = far.block_keys(walked.block);
+        channels.add(sum, walked.block, -block_keys);
+        keys -= block_keys;
+    }
+    return keys;
+}
+
+template <int kElems>
+__device__ __forceinline__ bool all_finite(const float (&x)[kElems]) {
+    bool finite = true;
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) finite &= fabsf(x[e]) < INFINITY;
+    return finite;
+}
+
+// mean = the pool's mean over its condensed keys, zeros where there are none. Returns their number.
+// The walk passes the pool. All lanes of a warp call it with the same pool.
+template <class Channels>
+__device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
+                                             const Channels& channels, const FarTile& far, int pool,
+                                             WarpWalk& walked, WalkSmem& walk_smem) {
+    const bool cut = far.is_cut(pool);
+    int keys = cut ? add_condensed(mean, channels, far, pool, walked)
+                   : subtract_walked(mean, channels, far, pool, walked);
+    if (!cut && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
+        float added[Channels::kElems];
+        WarpWalk again(walk_smem);
+        again.skip_to(far.first_block(pool));
+        add_condensed(added, channels, far, pool, again);
+#pragma unroll
+        for (int e = 0; e < Channels::kElems; ++e)
+            mean[e] = fabsf(mean[e]) < INFINITY ? mean[e] : added[e];
+    }
+    const float inverse = __fdividef(1.0f, static_cast<float>(keys));
+#pragma unroll
+    for (int e = 0; e < Channels::kElems; ++e) mean[e] = keys > 0 ? mean[e] * inverse : 0.0f;
+    return keys;
+}
+
+// Visits the pools whose rows are not premade, ascending, with their ordinal: of those that
+// wanted(pool, ordinal) the row is made and given to body(pool, ordinal, keys, mean). Returns how
+// many pools there are. All lanes of a warp call it, with the warp's own walk.
+template <class Channels, class Wanted, class Body>
+__device__ __forceinline__ int for_changed_pools(const FarTile& far, const Channels& channels,
+                                                 WalkSmem& walk_smem, const Wanted& wanted,
+                                                 const Body& body) {
+    WarpWalk walked(walk_smem);
+    int ordinal = 0;
+    for (int pool = far.next_changed(-1, walked.block); pool < far.pools(); ++ordinal) {
+        if (wanted(pool, ordinal)) {
+            float mean[Channels::kElems];
+            int keys = condense_pool(mean, channels, far, pool, walked, walk_smem);
+            body(pool, ordinal, keys, mean);
+        } else {
+            walked.skip_to(far.end_block(pool));
+        }
+        pool = far.next_changed(pool, walked.block);
+    }
+    return ordinal;
+}
+
+}  // namespace condensate::device
