@@ -63,7 +63,7 @@ struct RefinedTile {
         load_pooled_queries<Traits, kRefinementPool>(
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
-        const int head = static_cast<int>(tile.batch * problem.kv_heads) + tile.kv_head;
+        const int head = tile.flat_kv_head(problem);
         const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()),
                                   shortlists.of(tile, head, eligible));
         if (threadIdx.x == 0) {

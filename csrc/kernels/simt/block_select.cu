@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
             __syncthreads();  // everyone is done with the previous tile
             device::TileRows tile = device::TileRows::from_index(
                 problem, index, scan_positions(params.selector, problem.group(), problem.kv_len));
-            const int64_t head = tile.batch * problem.kv_heads + tile.kv_head;
+            const int64_t head = tile.flat_kv_head(problem);
             if (step > 0) {
                 const int64_t first = tile.first_query / tile_positions(problem.group());
                 tile = device::TileRows(problem, head, first + step - 1);
