@@ -57,7 +57,10 @@ def _check_estimate(
     estimate = ops.attention_forward(
         query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
     )[2]
-    selection.check_estimate(scores, estimate, chosen, case.topk // 64)
+    if case.ranges.dense_is_faster(case.topk):
+        assert not estimate.any()  # nothing is left out
+    else:
+        selection.check_estimate(scores, estimate, chosen, case.topk // 64)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

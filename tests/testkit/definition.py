@@ -71,6 +71,12 @@ class Ranges:
         """[Lq, Lk]: visible keys that only selection can add."""
         return self.visible() & ~self.always()
 
+    def dense_is_faster(self, topk: int) -> bool:
+        """Does a block selector attend everything, the average query seeing few keys more?"""
+        attended = self.anchors + self.window * (1 if self.causal else 2) + topk
+        unseen = min(self.query_len, self.kv_len) // 2 if self.causal else 0
+        return self.kv_len >= 1024 and 4 * (self.kv_len - unseen) <= 5 * attended
+
     def eligible(self, group: int) -> Tensor:
         """[T, blocks]: may a list of the tile name the block?"""
         return self._any_of_tile(self.candidates(), group)

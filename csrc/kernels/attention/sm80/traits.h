@@ -35,11 +35,12 @@ struct AttentionTraits {
     static constexpr int kNTiles = kStepKeys / 8;  // 8-key score tiles of a step
     static constexpr int kDTiles = kDim / 8;       // 8-channel output tiles
 
-    struct alignas(128) Smem : FarSmem<kFar, kWarps> {
-        T q[kRows * kDim];  // reused for the output
+    struct alignas(128) Tiles {  // each on a 128-byte line, as the swizzle needs
+        T q[kRows * kDim];       // reused for the output
         T k[kStages][kStepKeys * kDim];
         T v[kStages][kStepKeys * kDim];
     };
+    struct Smem : Tiles, FarSmem<kFar, kWarps> {};
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");
     static_assert(!(kExact && kFar), "thresholds judge every key, so none is condensed");
     static_assert(!kFar || kThreads == kFarPools, "a thread sets the bias of a pool");

@@ -54,9 +54,8 @@ class Consumer {
         pack(weights, scores);
         release_out();
         while (!step.last) {
-            const bool far_values = Traits::kFar && step.far;
             step = start_scores(scores);
-            start_values(out, weights, far_values);
+            start_values(out, weights);
             ptx::wgmma_wait<1>();
             ptx::pin_registers(scores[0]);
             release_scored(step);
@@ -69,14 +68,11 @@ class Consumer {
             if (raised) device::scale_rows(out, rescale);
             pack(weights, scores);
         }
-        start_values(out, weights, Traits::kFar && step.far);
+        start_values(out, weights);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out[0]);
         release_values();
-        if (Traits::kFar && !step.far) {  // nothing was condensed
-            await_far_keys();
-            await_far_values();
-        }
+        if (Traits::kFar && !step.far) await_no_far_step();
         softmax.reduce_sums();
         store(tile, out, softmax);
     }
@@ -90,7 +86,6 @@ class Consumer {
         const int s = k_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_full[s]), k_ring_.parity);
         Step step = smem_.steps[s];
-        if (Traits::kFar && step.far) await_far_keys();
         uint32_t q = ptx::smem_address(smem_.q) + warpgroup_ * 64 * 128;
         uint32_t k = ptx::smem_address(smem_.k[s]);
         ptx::pin_registers(scores[0]);
@@ -107,10 +102,9 @@ class Consumer {
     }
 
     // Issues out += weights * values for the step whose weights were packed last.
-    __device__ void start_values(Output& out, const Weights& weights, bool far) {
+    __device__ void start_values(Output& out, const Weights& weights) {
         const int s = v_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_full[s]), v_ring_.parity);
-        if (far) await_far_values();
         uint32_t v = ptx::smem_address(smem_.v[s]);
         ptx::pin_registers(out[0]);
         ptx::wgmma_fence();
@@ -129,15 +123,11 @@ class Consumer {
             ptx::mbarrier_arrive(ptx::smem_address(&smem_.out_free));
         }
     }
-    __device__ void await_far_keys() {
+    // Keeps this warpgroup from running ahead of the far field's warps.
+    __device__ void await_no_far_step() {
         if constexpr (Traits::kFar)
-            ptx::mbarrier_wait(ptx::smem_address(&smem_.far_keys), far_parities_ & 1);
-        far_parities_ ^= 1;
-    }
-    __device__ void await_far_values() {
-        if constexpr (Traits::kFar)
-            ptx::mbarrier_wait(ptx::smem_address(&smem_.far_values), far_parities_ >> 1);
-        far_parities_ ^= 2;
+            ptx::mbarrier_wait(ptx::smem_address(&smem_.no_far_step), no_far_parity_);
+        no_far_parity_ ^= 1;
     }
 
     __device__ void release_scored(const Step& step) {
@@ -257,7 +247,7 @@ class Consumer {
     Ring<Traits::kKeyStages> k_ring_;
     Ring<Traits::kValueStages> v_ring_;
     uint32_t q_parity_ = 0;
-    uint32_t far_parities_ = 0;  // bit 0 of keys, bit 1 of values
+    uint32_t no_far_parity_ = 0;
 };
 
 }  // namespace condensate::kernels::sm90

@@ -31,37 +31,35 @@ class FarRows {
         head_ = tile.flat_kv_head(params_.problem);
         const device::FarTile far(maps_.far, params_.problem.ranges(), tile.span());
         const bool condenses = skip_blocks(far);
-        ptx::mbarrier_wait(ptx::smem_address(&smem_.out_free), out_parity_);
-        out_parity_ ^= 1;
-        if (!condenses) {  // no step; the consumers wait all the same: nobody may run ahead
-            release(&smem_.far_keys);
-            release(&smem_.far_values);
-            return;
-        }
+        await(&smem_.out_free, 1);
+        if (!condenses) return release(&smem_.no_far_step);
         set_bias(far);
         const int changed = make_rows(far);
         for (int first = 0; first < far.pools(); first += Traits::kStepKeys) {
-            const auto keys = steps_.template ring<Traits::kKeyStages>();
-            ptx::mbarrier_wait(ptx::smem_address(&smem_.k_full[keys.stage]), keys.parity);
-            replace_rows(far, 0, first, changed, smem_.k[keys.stage]);
-            release(&smem_.far_keys);
-            const auto values = steps_.template ring<Traits::kValueStages>();
-            ptx::mbarrier_wait(ptx::smem_address(&smem_.v_full[values.stage]), values.parity);
-            replace_rows(far, 1, first, changed, smem_.v[values.stage]);
-            clear_rows(far.pools() - first, smem_.v[values.stage]);
-            release(&smem_.far_values);
-            steps_.advance(1);
+            const int step = first / Traits::kStepKeys;
+            const int k = steps_ % Traits::kKeyStages, v = steps_ % Traits::kValueStages;
+            await(&smem_.far_loaded_k[step], 2 << 2 * step);
+            replace_rows(far, 0, first, changed, smem_.k[k]);
+            release(&smem_.k_full[k]);
+            await(&smem_.far_loaded_v[step], 4 << 2 * step);
+            replace_rows(far, 1, first, changed, smem_.v[v]);
+            clear_rows(far.pools() - first, smem_.v[v]);
+            release(&smem_.v_full[v]);
+            pass_steps(1);
         }
     }
 
   private:
-    static constexpr int kWarps = Traits::kFarWarps;
-    static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kThreads = 32 * kFarWarps;
     using Channels = device::WideChannels<T, Traits::kDim / 32>;  // of a lane
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
     __device__ device::WalkSmem& walk() { return smem_.walks[thread_ / 32]; }
+
+    __device__ void pass_steps(int steps) {
+        steps_ = (steps_ + steps) % (Traits::kKeyStages * Traits::kValueStages);
+    }
 
     // Passes the stages that the tile's blocks use. Returns whether they leave any to condense.
     __device__ bool skip_blocks(const device::FarTile& far) {
@@ -72,7 +70,7 @@ class FarRows {
             ++blocks;
             if (walked.block < far.end) condensed -= far.block_keys(walked.block);
         }
-        steps_.advance(max((blocks + Traits::kStepBlocks - 1) / Traits::kStepBlocks, 1));
+        pass_steps(max((blocks + Traits::kStepBlocks - 1) / Traits::kStepBlocks, 1));
         return condensed > 0;
     }
 
@@ -95,7 +93,7 @@ class FarRows {
         return device::for_changed_pools(
             far, channels, walk(),
             [&](int pool, int ordinal) {
-                return ordinal % kWarps == thread_ / 32 && ordinal >= from && ordinal < to &&
+                return ordinal % kFarWarps == thread_ / 32 && ordinal >= from && ordinal < to &&
                        pool >= first && pool < end;
             },
             [&](int pool, int ordinal, int keys, const float (&mean)[Channels::kElems]) {
@@ -112,14 +110,15 @@ class FarRows {
         for (int which = 0; which < 2; ++which)
             changed = for_rows(far, which, 0, Traits::kMadeRows, 0, kFarPools,
                                [&](int pool, int ordinal, const Packed& row) {
-                                   smem_.made_pool[ordinal] = static_cast<uint8_t>(pool);
+                                   made().pool[ordinal] = static_cast<uint8_t>(pool);
                                    made_row(ordinal, which)[thread_ & 31] = row;
                                });
         return changed;
     }
 
+    __device__ auto& made() { return *reinterpret_cast<typename Traits::MadeRows*>(smem_.out); }
     __device__ Packed* made_row(int ordinal, int which) {
-        return reinterpret_cast<Packed*>(smem_.out) + (2 * ordinal + which) * 32;
+        return reinterpret_cast<Packed*>(made().row[ordinal][which]);
     }
     // A lane's share of a row in its stage.
     __device__ Packed* staged(Panels& rows, int row) {
@@ -134,8 +133,8 @@ class FarRows {
     __device__ void replace_rows(const device::FarTile& far, int which, int first, int changed,
                                  Panels& rows) {
         const int fit = min(changed, Traits::kMadeRows);
-        for (int ordinal = thread_ / 32; ordinal < fit; ordinal += kWarps) {
-            const int row = smem_.made_pool[ordinal] - first;
+        for (int ordinal = thread_ / 32; ordinal < fit; ordinal += kFarWarps) {
+            const int row = made().pool[ordinal] - first;
             if (row >= 0 && row < Traits::kStepKeys)
                 *staged(rows, row) = made_row(ordinal, which)[thread_ & 31];
         }
@@ -146,24 +145,28 @@ class FarRows {
 
     // A weight of zero must not meet what lies behind the tile's pools.
     __device__ void clear_rows(int begin, Panels& rows) {
-        for (int row = max(begin, 0) + thread_ / 32; row < Traits::kStepKeys; row += kWarps)
+        for (int row = max(begin, 0) + thread_ / 32; row < Traits::kStepKeys; row += kFarWarps)
             *staged(rows, row) = Packed{};
     }
 
-    // What this warp wrote may be read, by the tensor cores too.
+    __device__ void await(uint64_t* barrier, uint32_t parity_bit) {
+        ptx::mbarrier_wait(ptx::smem_address(barrier), (parities_ & parity_bit) != 0);
+        parities_ ^= parity_bit;
+    }
+    // What these warps wrote may be read, by the tensor cores too.
     __device__ void release(uint64_t* barrier) {
         ptx::fence_async_proxy();
-        __syncwarp();
-        if ((thread_ & 31) == 0) ptx::mbarrier_arrive(ptx::smem_address(barrier));
+        ptx::named_barrier_sync(kFarThreads, kThreads);
+        if (thread_ == 0) ptx::mbarrier_arrive(ptx::smem_address(barrier));
     }
 
     Smem& smem_;
     const AttentionParams& params_;
     const TensorMaps& maps_;
-    const int thread_;  // of these warps
-    int head_ = 0;      // of the tile, in [B, Hkv]
-    StepCount<Traits::kKeyStages, Traits::kValueStages> steps_;
-    uint32_t out_parity_ = 0;
+    const int thread_;       // of these warps
+    int head_ = 0;           // of the tile, in [B, Hkv]
+    int steps_ = 0;          // passed, modulo the round in which all stages come back
+    uint32_t parities_ = 0;  // bit 0 of out_free, bits 1 + 2 s and 2 + 2 s of far step s
 };
 
 }  // namespace condensate::kernels::sm90

@@ -24,8 +24,11 @@ __device__ void init_barriers(typename Traits::Smem& smem) {
     }
     if constexpr (Traits::kFar) {
         ptx::mbarrier_init(ptx::smem_address(&smem.out_free), Traits::kConsumers);
-        ptx::mbarrier_init(ptx::smem_address(&smem.far_keys), Traits::kFarWarps);
-        ptx::mbarrier_init(ptx::smem_address(&smem.far_values), Traits::kFarWarps);
+        ptx::mbarrier_init(ptx::smem_address(&smem.no_far_step), 1);
+        for (int s = 0; s < Traits::kFarSteps; ++s) {
+            ptx::mbarrier_init(ptx::smem_address(&smem.far_loaded_k[s]), 1);
+            ptx::mbarrier_init(ptx::smem_address(&smem.far_loaded_v[s]), 1);
+        }
     }
     ptx::fence_mbarrier_init();
 }

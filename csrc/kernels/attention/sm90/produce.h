@@ -84,24 +84,31 @@ class Producer {
 
     __device__ void load_step(const device::TileRows& tile, const Step& step) {
         int s = k_ring_.stage;
-        uint32_t full = ptx::smem_address(&smem_.k_full[s]);
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
-        ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
-        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), full);
+        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), loaded(step, 0, &smem_.k_full[s]));
         k_ring_.advance();
 
         s = v_ring_.stage;
-        full = ptx::smem_address(&smem_.v_full[s]);
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), v_ring_.parity ^ 1);
-        ptx::mbarrier_arrive_expect(full, Traits::kStageBytes);
-        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), full);
+        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), loaded(step, 1, &smem_.v_full[s]));
         v_ring_.advance();
+    }
+
+    // Who hears that a step's rows are there: pooled rows are not what they should be yet.
+    __device__ uint32_t loaded(const Step& step, int which, uint64_t* full) {
+        if constexpr (Traits::kFar) {
+            const int far_step = step.block[0] / Traits::kStepKeys;
+            if (step.far)
+                full = which == 0 ? &smem_.far_loaded_k[far_step] : &smem_.far_loaded_v[far_step];
+        }
+        return ptx::smem_address(full);
     }
 
     // Keys (`which` 0) or values of a step's blocks, or of its pools.
     __device__ void load_rows(const device::TileRows& tile, const Step& step, int which,
                               uint32_t dst_smem, uint32_t barrier) {
+        ptx::mbarrier_arrive_expect(barrier, Traits::kStageBytes);
         if (Traits::kFar && step.far)
             load_means(tile, step.block[0], which, dst_smem, barrier);
         else

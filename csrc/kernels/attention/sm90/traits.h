@@ -18,21 +18,31 @@ struct Step {
     bool far;   // pooled rows instead of blocks; set with the far field only
 };
 
+constexpr int kFarWarps = 3;  // of the producer's warpgroup: they make pooled rows
+
 enum NamedBarrier : int {  // 0 is __syncthreads
     kWarpgroupStore = 1,   // + consumer: its rows are in shared memory
     kFarThreads = 3,       // the warps that make pooled rows
 };
 
-// Shared memory of the far field.
-template <bool kFar, int kMadeRows>
+// Shared memory of the far field. A far step's `full` barriers are those of its stages, as of every
+// step, but the warps that make its rows arrive there.
+template <bool kFar, int kSteps>
 struct FarSmem {};
-template <int kMadeRows>
-struct FarSmem<true, kMadeRows> {
-    float far_bias[kFarPools];     // log2 of a pooled row's weight in units of raw scores
-    uint8_t made_pool[kMadeRows];  // of the rows made in `out`
-    device::WalkSmem walks[3];
-    uint64_t out_free;              // the last tile's output has left
-    uint64_t far_keys, far_values;  // a far step's rows are what they should be
+template <int kSteps>
+struct FarSmem<true, kSteps> {
+    float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
+    device::WalkSmem walks[kFarWarps];
+    uint64_t out_free;                                    // the last tile's output has left
+    uint64_t no_far_step;                                 // nor will there be one in this tile
+    uint64_t far_loaded_k[kSteps], far_loaded_v[kSteps];  // premade rows are in their stage
+};
+
+// Pooled rows that were made ahead, in the memory of `out`.
+template <class T, int kRows, int kDim>
+struct MadeRows {
+    T row[kRows][2][kDim];  // of keys, of values
+    uint8_t pool[kRows];
 };
 
 // kConsumers warpgroups of 64 rows and one that feeds them. The far field is a template parameter
@@ -67,8 +77,8 @@ struct AttentionTraits {
     static constexpr int kKeyPanelBytes = kStepKeys * 128;
     static constexpr int kBlockBytes = kBlockKeys * 128;
     static constexpr int kStageBytes = kPanels * kKeyPanelBytes;  // of K, and of V
-    static constexpr int kFarWarps = 3;                           // of the producer's warpgroup
-    static constexpr int kMadeRows = kRows / 2;  // pooled rows of K and V that fit in `out`
+    static constexpr int kFarSteps = kFarPools / kStepKeys;       // at most
+    static constexpr int kMadeRows = kRows / 2 - 1;
 
     // Tiles of 64-channel panels, each [row][64] in 128-byte swizzle.
     struct alignas(1024) Tiles {
@@ -77,12 +87,14 @@ struct AttentionTraits {
         T k[kKeyStages][kPanels][kStepKeys * 64];
         T v[kValueStages][kPanels][kStepKeys * 64];
     };
-    struct Smem : Tiles, FarSmem<kFar, kMadeRows> {
+    struct Smem : Tiles, FarSmem<kFar, kFarSteps> {
         Step steps[kKeyStages];
         uint64_t q_full, q_empty;
         uint64_t k_full[kKeyStages], k_empty[kKeyStages];
         uint64_t v_full[kValueStages], v_empty[kValueStages];
     };
+    using MadeRows = sm90::MadeRows<T, kMadeRows, kDim>;
+    static_assert(sizeof(MadeRows) <= sizeof(T[kRows * kDim]), "rows made ahead fit in `out`");
     static_assert(kPanels >= 1 && kDim % 64 == 0, "head_dim is a whole number of panels");
     static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the multiprocessor's shared memory");
 };
