@@ -62,35 +62,38 @@ struct RangeBlocks {
 };
 
 // What a tile may list of its scan tile's shortlist: the entries that are eligible for it too.
-struct alignas(16) TileShortlist {
+// Those that are not come after all that are (they lie past the tile), or lie in its windows.
+struct TileShortlist {
     const int32_t* list;
-    int low;      // entries before the windows
-    int skipped;  // entries after those that are not eligible: in the windows, or past the tile
-    int count;
+    int low;      // eligible entries before those that are not
+    int skipped;  // entries that are not
+    int count;    // eligible entries
+    int entries;  // up to the last eligible one
 
-    __device__ __forceinline__ int operator[](int i) const {
-        return __ldg(list + (i < low ? i : i + skipped));
-    }
+    // The entry that is the i-th eligible one.
+    __device__ int place(int i) const { return i < low ? i : i + skipped; }
+    __device__ int operator[](int i) const { return __ldg(list + place(i)); }
 
     // The whole warp calls it.
-    __device__ TileShortlist(const int32_t* list, int entries, const EligibleBlocks& eligible)
-        : list(list), low(0), count(entries) {
+    __device__ TileShortlist(const int32_t* list, int size, const EligibleBlocks& eligible)
+        : list(list), low(0) {
         int before_high = 0;
-        for (int first = 0; first < entries; first += 32) {
+        for (int first = 0; first < size; first += 32) {
             int i = first + static_cast<int>(threadIdx.x & 31);
-            int entry = i < entries ? __ldg(list + i) : INT_MAX;
+            int entry = i < size ? __ldg(list + i) : INT_MAX;
             low += __popc(__ballot_sync(0xffffffffu, entry < eligible.low_end));
             before_high += __popc(__ballot_sync(0xffffffffu, entry < eligible.high_begin));
         }
         skipped = before_high - low;
-        count -= skipped;
+        count = size - skipped;
+        entries = count > low ? size : low;
     }
 };
 
 // The blocks of device::BlockWalk over a valid list, by their place in its order, so that threads
 // need not walk: anchors, entries before the window, window, entries after it.
 struct WalkedBlocks {
-    TileShortlist list;
+    const int32_t* list;
     int anchors_end;
     int middle_begin, middle_end;  // list entries between anchors and window
     int window_begin, window_end;
@@ -100,14 +103,14 @@ struct WalkedBlocks {
     __device__ __forceinline__ int at(int i) const {
         if (i < anchors_end) return i;
         i += middle_begin - anchors_end;
-        if (i < middle_end) return list[i];
+        if (i < middle_end) return __ldg(list + i);
         i += window_begin - middle_end;
         if (i < window_end) return i;
-        return list[i - window_end + high_begin];
+        return __ldg(list + (i - window_end + high_begin));
     }
 
     // The whole warp calls it.
-    __device__ WalkedBlocks(const RangeBlocks& ranges, const TileShortlist& list)
+    __device__ WalkedBlocks(const RangeBlocks& ranges, const int32_t* list, int count)
         : list(list),
           anchors_end(ranges.anchors_end),
           middle_begin(0),
@@ -115,15 +118,15 @@ struct WalkedBlocks {
           window_begin(ranges.window_begin),
           window_end(ranges.window_end),
           high_begin(0) {
-        for (int first = 0; first < list.count; first += 32) {
+        for (int first = 0; first < count; first += 32) {
             int i = first + static_cast<int>(threadIdx.x & 31);
-            int entry = i < list.count ? list[i] : INT_MAX;
+            int entry = i < count ? __ldg(list + i) : INT_MAX;
             middle_begin += __popc(__ballot_sync(0xffffffffu, entry < anchors_end));
             middle_end += __popc(__ballot_sync(0xffffffffu, entry < window_begin));
             high_begin += __popc(__ballot_sync(0xffffffffu, entry < window_end));
         }
         size = anchors_end + (middle_end - middle_begin) + (window_end - window_begin) +
-               (list.count - high_begin);
+               (count - high_begin);
     }
 };
 

@@ -28,7 +28,8 @@ template <class Traits>
 struct RefinedSmem : Traits::Smem {
     PooledRows pooled;
     EligibleBlocks eligible;
-    WalkedBlocks walked;                  // its list is the shortlist
+    WalkedBlocks walked;  // its list is the shortlist, whose entries in the windows it skips
+    TileShortlist shortlist;
     const typename Traits::T* summaries;  // of the KV head
     int head;                             // of all batches
 };
@@ -64,12 +65,14 @@ struct RefinedTile {
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
         const int head = tile.flat_kv_head(problem);
-        const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()),
-                                  shortlists.of(tile, head, eligible));
+        const TileShortlist shortlist = shortlists.of(tile, head, eligible);
+        const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()), shortlist.list,
+                                  shortlist.entries);
         if (threadIdx.x == 0) {
             smem.pooled = pooled;
             smem.eligible = eligible;
             smem.walked = walked;
+            smem.shortlist = shortlist;
             smem.head = head;
             smem.summaries =
                 static_cast<const T*>(params.summaries) +
