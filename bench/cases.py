@@ -10,6 +10,7 @@ BLOCK_KEYS = 64
 FINE, MIDDLE, COARSE = 16, 4, 1  # summary units of a block, selector="block"
 SUMMARY_ROWS = FINE + MIDDLE + COARSE
 SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at most
+SCAN_KEYS, MOST_SCAN_TILES = 262144, 8  # keys up to which a tile scans alone; tiles of one scan
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ class Case:
         while positions > 1 and positions * self.group > 128:
             positions //= 2
         return positions
+
+    @property
+    def scan_positions(self) -> int:
+        """Consecutive positions that share a scan."""
+        tiles = 1
+        while tiles < MOST_SCAN_TILES and self.n > tiles * SCAN_KEYS:
+            tiles *= 2
+        return tiles * self.tile_positions
+
+    @property
+    def shortlist_width(self) -> int:
+        return max(64, 2 * self.max_blocks)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,33 +115,45 @@ def summary_work(case: Case) -> Work:
     )
 
 
-def scores_per_tile(case: Case, last: int) -> float:
-    """Scores of the tile whose last position is `last`: of the scan, then of the refinement.
-
-    A tile that can list all its eligible blocks scores nothing; one that can shortlist them all
-    has nothing to scan for.
-    """
+def eligible_blocks(case: Case, last: int) -> int:
+    """Blocks that a tile whose last position is `last` may list."""
     before_window = (last - case.window) // BLOCK_KEYS + 1
-    eligible = max(0, before_window - case.anchors // BLOCK_KEYS)
+    return max(0, before_window - case.anchors // BLOCK_KEYS)
+
+
+def scan_scores(case: Case, last: int) -> float:
+    """Scores of the scan of one scan tile, none where all its blocks can be shortlisted."""
+    if eligible_blocks(case, last) <= case.shortlist_width:
+        return 0.0
+    pooled = case.tile_positions * case.group / min(SCAN_POOL, case.tile_positions)
+    return pooled * (last + 1) / BLOCK_KEYS * (MIDDLE + COARSE)
+
+
+def refinement_scores(case: Case, last: int) -> float:
+    """Scores of the refinement of one tile, none where all its blocks can be listed."""
+    eligible = eligible_blocks(case, last)
     if eligible <= case.max_blocks:
         return 0.0
-    width = max(64, 2 * case.max_blocks)
-    rows = case.tile_positions * case.group
-    visible = (last + 1) / BLOCK_KEYS
-    pooled = rows / min(SCAN_POOL, case.tile_positions)
-    pairs = rows / min(REFINEMENT_POOL, case.tile_positions)
-    scan = pooled * visible * (MIDDLE + COARSE) if eligible > width else 0.0
-    shortlist = min(width, eligible)
+    pairs = case.tile_positions * case.group / min(REFINEMENT_POOL, case.tile_positions)
+    shortlist = min(case.shortlist_width, eligible)
     # Whole blocks of anchors and window beside the shortlist, as far as there are any.
-    walked = min(shortlist + (case.anchors + case.window) / BLOCK_KEYS, visible)
-    return scan + pairs * (shortlist * FINE + walked * MIDDLE)
+    beside = (case.anchors + case.window) / BLOCK_KEYS
+    walked = min(shortlist + beside, (last + 1) / BLOCK_KEYS)
+    return pairs * (shortlist * FINE + walked * MIDDLE)
+
+
+def ends(case: Case, positions: int) -> range:
+    """Last positions of tiles of so many positions."""
+    return range(positions - 1, case.n, positions)
 
 
 def selection_work(case: Case) -> Work:
     """Pooled queries against all visible middle and coarse units, then pairs of queries against the
     units of their shortlist; queries and summaries in, lists out."""
-    ends = range(case.tile_positions - 1, case.n, case.tile_positions)
-    scores = case.kv_heads * sum(scores_per_tile(case, last) for last in ends)
+    tiles, scan_tiles = (ends(case, p) for p in (case.tile_positions, case.scan_positions))
+    scores = sum(scan_scores(case, last) for last in scan_tiles)
+    scores += sum(refinement_scores(case, last) for last in tiles)
+    scores *= case.kv_heads
     lists = case.n / case.tile_positions * case.kv_heads * (case.max_blocks + 1) * 4
     summaries = case.kv_bytes / 2 * SUMMARY_ROWS / BLOCK_KEYS
     return Work(2.0 * scores * case.head_dim, case.query_bytes + summaries + lists)

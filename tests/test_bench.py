@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from bench import plot, report
-from bench.cases import CASES, Case, scores_per_tile
+from bench.cases import CASES, Case, few_heads, refinement_scores, scan_scores
 from bench.inputs import given_lists, make_inputs, mean_keys_per_query
 from bench.peers import flex_mask, pack_tiles, unpack_tiles
 from tests.testkit import definition
@@ -160,8 +160,14 @@ def test_selection_work_counts_the_scores_of_the_definition() -> None:
     pairs = case.group * case.tile_positions // definition.REFINEMENT_POOL
     assert (pools, pairs) == (16, 64)
     walked = 64 + (case.window + case.anchors) / 64
-    expected = pools * blocks * (4 + 1) + pairs * (64 * 16 + walked * 4)
-    assert scores_per_tile(case, last) == expected
+    assert scan_scores(case, last) == pools * blocks * (4 + 1)
+    assert refinement_scores(case, last) == pairs * (64 * 16 + walked * 4)
+
+
+def test_tiles_share_a_scan_as_in_the_definition() -> None:
+    for n in (131072, 262144, 524288, 1048576):
+        case = few_heads(n)
+        assert case.scan_positions == definition.scan_tiles(n) * case.tile_positions
 
 
 def test_committed_results_match_the_schema() -> None:

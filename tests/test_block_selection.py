@@ -49,9 +49,11 @@ def _lists(case: Case, query: torch.Tensor, key: torch.Tensor):
     return scores, lists
 
 
-def _check_estimate(case: Case, scores: selection.Scores, chosen: torch.Tensor) -> None:
+def _check_estimate(
+    case: Case, scores: selection.Scores, chosen: torch.Tensor, key: torch.Tensor
+) -> None:
     """The estimate of the whole op, which makes the same lists."""
-    query, key, value = scores.query, case.tensors()[1], case.tensors()[2]
+    query, value = scores.query, case.tensors()[2]
     estimate = ops.attention_forward(
         query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
     )[2]
@@ -97,13 +99,14 @@ def test_exact_scores_give_the_defined_lists(
             window=window, anchors=anchors, topk=5 * 64, causal=causal, scale=2.0**-3,
             selector="block", content="integers",
         )  # fmt: skip
-        scores, lists = _lists(case, *case.tensors()[:2])
+        query, key, _ = case.tensors()
+        scores, lists = _lists(case, query, key)
         assert scores.scan_error < 3e-5 and scores.refinement_error < 3e-5
         chosen = selection.check_lists(scores, *lists, 5)
         expected, certain = selection.expected_choice(scores, 5)
         assert torch.equal(chosen[certain], expected[certain])
         same, certainly = same + int(certain.sum()), certainly + certain.numel()
-        _check_estimate(case, scores, chosen)
+        _check_estimate(case, scores, chosen, key)
     assert same > 0.5 * certainly
 
 
@@ -135,7 +138,7 @@ def test_every_size_of_shortlist(
     assert torch.equal(
         chosen.sum(-1), scores.eligible.sum(-1).clamp(max=budget).expand(chosen.shape[:-1])
     )
-    _check_estimate(case, scores, chosen)
+    _check_estimate(case, scores, chosen, key)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -157,6 +160,60 @@ def test_longer_contexts_take_the_heaviest_blocks(device, seed, selector, group)
     scores, lists = _lists(case, *case.tensors()[:2])
     chosen = selection.check_lists(scores, *lists, 27)
     assert chosen.sum() == 27 * chosen.shape[:-1].numel() < scores.eligible.sum() * chosen.shape[1]
+
+
+# Keys enough for 2, 4 and 8 tiles to share a scan, and queries for a border of tiles inside a scan
+# tile and, mostly, a last scan tile that is not full.
+SHARED_SCANS = (
+    {"query_len": 200, "kv_len": 2**18 + 65, "window": 0, "anchors": 5, "content": "integers"},
+    {"query_len": 200, "kv_len": 2**18 + 1, "window": 150, "causal": False},
+    {"query_len": 200, "kv_len": 280_000, "window": 280_000 - 63 * 64},  # all fit a shortlist
+    {"query_len": 70, "kv_len": 300_000, "window": 40, "group": 8},
+    {"query_len": 5, "kv_len": 2**19, "window": 0, "group": 40},
+    {"query_len": 270, "kv_len": 2**19 + 1, "window": 90, "anchors": 70},
+    {"query_len": 130, "kv_len": 2**19 + 999, "window": 70, "causal": False, "content": "integers"},
+    {"query_len": 70, "kv_len": 2**20 + 1, "window": 0},
+)
+
+
+def _shared_scan_case(device: str, seed: int, **changes) -> Case:
+    common = {"head_dim": 16, "topk": 5 * 64, "scale": 2.0**-3, "selector": "block"}
+    return Case(device, seed, DTYPES[seed % 3], **(common | changes))
+
+
+@pytest.mark.parametrize("changes", SHARED_SCANS)
+def test_tiles_that_share_a_scan(device, seed, changes):
+    """The last keys weigh most, so that shortlists name blocks that not every tile may list."""
+    case = _shared_scan_case(device, seed, **changes)
+    query, key, _ = case.tensors()
+    key[:, :, -500:] *= 2.0
+    scores, lists = _lists(case, query, key)
+    chosen = selection.check_lists(scores, *lists, 5)
+    if case.window < 0.8 * case.kv_len:  # else the op attends to everything
+        _check_estimate(case, scores, chosen, key)
+    if scores.exact:
+        expected, certain = selection.expected_choice(scores, 5)
+        assert torch.equal(chosen[certain], expected[certain])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_ties_in_a_shared_scan(device, seed, causal):
+    """The last blocks tie above all others, of which the first fill the shortlist."""
+    case = _shared_scan_case(
+        device, seed, query_len=200, kv_len=2**18 + 33, window=70 * (not causal), causal=causal,
+        topk=20 * 64, content="integers",
+    )  # fmt: skip
+    query, key = _integer_problem(case, 2)
+    key[:, :, -600:, 0] = 3.0
+    scores, lists = _lists(case, query, key)
+    chosen = selection.check_lists(scores, *lists, 20)
+    expected, certain = selection.expected_choice(scores, 20)
+    assert torch.equal(chosen[certain], expected[certain])
+    assert certain.all()
+    shortlist = scores.to_tiles(
+        selection.expected_lists(scores.scanned, scores.scan_eligible, 64)[0]
+    )
+    assert (shortlist & ~scores.eligible).any(), "all of a shortlist is eligible for all tiles"
 
 
 def _one_channel(case: Case, levels: torch.Tensor, queries: list[float]):

@@ -1,6 +1,7 @@
-// One list of blocks per tile. Pooled queries scan the summaries of all blocks; for `block` what
-// they find heaviest is scored again by pairs of queries. A block's sums are kept as maximum and
-// sum of exponentials, so that nothing overflows before the norm is known.
+// One list of blocks per tile. The pooled queries of its scan tile scan the summaries of all
+// blocks; for `block` what they find heaviest is scored again by pairs of the tile's own. A block's
+// sums are kept as maximum and sum of exponentials, so that nothing overflows before the norm is
+// known.
 #include <algorithm>
 #include <cmath>
 
@@ -55,6 +56,7 @@ struct Scratch {
         tile_mass = arena.take<float>(blocks);
         visited = arena.take<int32_t>(blocks);
         order = arena.take<int32_t>(blocks);
+        shortlist = arena.take<int32_t>(blocks);
         mass = arena.take<float>(kMaxRows);
         ones = arena.take<float>(kMaxRows);
         rest = arena.take<float>(kMaxRows);
@@ -66,43 +68,72 @@ struct Scratch {
     ScoredRows pools;  // positions are the pools' last ones
     ScoredRows queries;
     UnitScores units;
-    float* block_max;  // [n-th scored block][padded rows]
-    float* block_sum;  // [n-th scored block][padded rows]
-    float* tile_mass;  // [block]
-    int32_t* visited;  // blocks that are scored
-    int32_t* order;    // candidates for the list
-    float* mass;       // [row]
-    float* ones;       // [row]
-    float* rest;       // [pool] log of the sum over the middle units that no query scored finely
-    double* omitted;   // [row]
-    double* total;     // [row]
+    float* block_max;    // [n-th scored block][padded rows]
+    float* block_sum;    // [n-th scored block][padded rows]
+    float* tile_mass;    // [block]
+    int32_t* visited;    // blocks that are scored
+    int32_t* order;      // candidates for the list
+    int32_t* shortlist;  // of the scan tile
+    float* mass;         // [row]
+    float* ones;         // [row]
+    float* rest;         // [pool] log of the sum over the middle units that no query scored finely
+    double* omitted;     // [row]
+    double* total;       // [row]
 };
 
-class TileSelection {
-  public:
-    TileSelection(const BlockSelectParams& params, const TileOps& ops, int64_t item,
-                  Scratch& scratch)
-        : params_(params), p_(params.problem), ops_(ops), s_(scratch) {
-        const int group = p_.group();
-        const int64_t positions = tile_positions(group), tiles = num_tiles(p_.query_len, group);
-        list_ = item;
-        kv_head_ = item / tiles % p_.kv_heads;
-        batch_ = item / tiles / p_.kv_heads;
-        begin_ = item % tiles * positions;
-        end_ = min_i64(begin_ + positions, p_.query_len);
-        span_ = tile_span(item % tiles, static_cast<int>(positions), p_.query_len, p_.kv_len);
-        const int64_t all = num_blocks(p_.kv_len);
-        blocks_ = p_.causal ? min_i64(all, ceil_div(max_i64(span_.last + 1, 0), kBlockKeys)) : all;
+// The queries begin..end-1 of a tile or scan tile.
+struct QueryTile {
+    QueryTile(const Problem& p, int64_t index, int positions)
+        : begin(index * positions),
+          end(min_i64(begin + positions, p.query_len)),
+          span(tile_span(index, positions, p.query_len, p.kv_len)),
+          blocks(num_blocks(p.kv_len)) {
+        if (p.causal) blocks = min_i64(blocks, ceil_div(max_i64(span.last + 1, 0), kBlockKeys));
     }
 
+    int64_t begin, end;
+    TileSpan span;
+    int64_t blocks;  // that hold a key some of the queries may see
+};
+
+// The tiles of a scan tile, one after another.
+class TileSelection {
+  public:
+    TileSelection(const BlockSelectParams& params, const TileOps& ops, int64_t head,
+                  int64_t scan_tile, Scratch& scratch)
+        : params_(params),
+          p_(params.problem),
+          ops_(ops),
+          s_(scratch),
+          head_(head),
+          scan_tile_(p_, scan_tile, scan_positions(params.selector, p_.group(), p_.kv_len)),
+          tile_(scan_tile_) {}
+
     void run() {
-        const int64_t eligible = find_eligible(), width = params_.max_blocks;
+        const int positions = tile_positions(p_.group());
+        for (int64_t begin = scan_tile_.begin; begin < scan_tile_.end; begin += positions) {
+            tile_ = QueryTile(p_, begin / positions, positions);
+            list_ = head_ * num_tiles(p_.query_len, p_.group()) + begin / positions;
+            select();
+        }
+    }
+
+  private:
+    bool wants_estimate() const { return params_.omitted_mass_estimate != nullptr; }
+    int64_t batch() const { return head_ / p_.kv_heads; }
+    int64_t first_head() const { return head_ % p_.kv_heads * p_.group(); }
+    int scan_pool() const { return scan_pool_size(params_.selector, p_.group(), p_.kv_len); }
+    int refinement_pool() const { return pool_size(p_.group(), kRefinementPool); }
+
+    void select() {
+        const int64_t eligible = find_eligible(tile_), width = params_.max_blocks;
         const bool all_fit = eligible <= width;
         if (all_fit || (width == 0 && !wants_estimate())) {  // there is nothing to rank
             store_list(min_i64(eligible, width));
             if (wants_estimate()) store_estimate([](int64_t, int64_t) { return 0.0; });
         } else if (params_.selector == Selector::kBlock) {
-            const int64_t shortlisted = make_shortlist(eligible);
+            if (shortlisted_ < 0) make_shortlist();
+            const int64_t shortlisted = take_shortlist();
             refine(shortlisted);
             store_list(take_largest(shortlisted, width));
             if (wants_estimate()) estimate_refined();
@@ -113,18 +144,15 @@ class TileSelection {
         }
     }
 
-  private:
-    bool wants_estimate() const { return params_.omitted_mass_estimate != nullptr; }
-
     // ---- Queries ----
 
-    // Means of consecutive queries, rounded as they would be stored; for quest split by sign.
-    void pool_queries(QueryRows& pools, int most) {
-        const int group = p_.group(), size = pool_size(group, most);
+    // Means of `size` consecutive queries, rounded as they would be stored; for quest split by
+    // sign.
+    void pool_queries(QueryRows& pools, const QueryTile& tile, int size) {
         pools.clear();
-        for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
-            for (int64_t i = begin_; i < end_; i += size)
-                pool_one(pools, h, i, min_i64(i + size, end_));
+        for (int64_t h = first_head(); h < first_head() + p_.group(); ++h)
+            for (int64_t i = tile.begin; i < tile.end; i += size)
+                pool_one(pools, h, i, min_i64(i + size, tile.end));
         for (int row = pools.count; row < pools.panel_count() * kPanelRows; ++row) {
             std::fill(pools.line, pools.line + s_.dim, 0.0f);
             pools.put_line(row, s_.dim);
@@ -137,7 +165,7 @@ class TileSelection {
         float* query = s_.units.scores();  // not in use yet
         std::fill(sum, sum + dim, 0.0f);
         for (int64_t i = first; i < end; ++i) {
-            ops_.load_rows(p_.dtype, element(params_.query, p_.dtype, batch_, h, i), 0, 1,
+            ops_.load_rows(p_.dtype, element(params_.query, p_.dtype, batch(), h, i), 0, 1,
                            static_cast<int>(dim), query, static_cast<int>(dim));
             for (int64_t d = 0; d < dim; ++d) sum[d] += query[d];
         }
@@ -162,16 +190,15 @@ class TileSelection {
         const int panels = scored.rows.panel_count();
         float* scores = s_.units.scores();
         const RowMask& mask = s_.units.mask();
-        s_.units.sweep(params_, ops_, batch_ * p_.kv_heads + kv_head_, level, scored.rows, list,
-                       [&](int64_t n) {
-                           const int64_t at = n * scored.padded();
-                           if (keep != Keep::kNorm)
-                               ops_.block_sums(scores, level.per_block, mask.visible_end, panels,
-                                               s_.block_max + at, s_.block_sum + at);
-                           if (keep == Keep::kBlocks) return;
-                           ops_.mask(mask, panels, scores);
-                           ops_.softmax(panels, scores, scored.state);
-                       });
+        s_.units.sweep(params_, ops_, head_, level, scored.rows, list, [&](int64_t n) {
+            const int64_t at = n * scored.padded();
+            if (keep != Keep::kNorm)
+                ops_.block_sums(scores, level.per_block, mask.visible_end, panels,
+                                s_.block_max + at, s_.block_sum + at);
+            if (keep == Keep::kBlocks) return;
+            ops_.mask(mask, panels, scores);
+            ops_.softmax(panels, scores, scored.state);
+        });
     }
 
     // The mass sum * exp(max) of a block for every row, to `mass`; returns the largest.
@@ -185,14 +212,15 @@ class TileSelection {
         return block_mass(scored, s_.block_max + at, s_.block_sum + at, mass);
     }
 
-    // The hottest units' masses of all blocks over the pooled queries. For the estimate the blocks'
-    // whole masses take the place of their sums.
+    // The hottest units' masses of all blocks over the scan tile's pooled queries. For the estimate
+    // the blocks' whole masses take the place of their sums.
     void scan() {
-        pool_queries(s_.pools.rows, kScanPool);
-        for (int64_t block = 0; block < blocks_; ++block)
+        const int64_t blocks = scan_tile_.blocks;
+        pool_queries(s_.pools.rows, scan_tile_, scan_pool());
+        for (int64_t block = 0; block < blocks; ++block)
             s_.visited[block] = static_cast<int32_t>(block);
         const ScoringLevels levels = scan_levels(params_.selector);
-        const BlockList all{s_.visited, blocks_};
+        const BlockList all{s_.visited, blocks};
         s_.pools.start_norm();
         if (params_.selector == Selector::kBlock) {
             score_blocks(s_.pools, levels.norm, all, Keep::kNorm);
@@ -202,7 +230,7 @@ class TileSelection {
         }
         s_.pools.finish_norm();
         std::fill(s_.ones, s_.ones + kMaxRows, 1.0f);
-        for (int64_t block = 0; block < blocks_; ++block) {
+        for (int64_t block = 0; block < blocks; ++block) {
             const int64_t at = block * s_.pools.padded();
             s_.tile_mass[block] = block_mass(s_.pools, s_.block_max + at, s_.ones, s_.mass);
             if (wants_estimate())
@@ -213,10 +241,10 @@ class TileSelection {
     // ---- The list ----
 
     // The eligible blocks, ascending in s_.order.
-    int64_t find_eligible() {
+    int64_t find_eligible(const QueryTile& tile) {
         int64_t count = 0;
-        for (int64_t block = 0; block < blocks_; ++block)
-            if (is_eligible(p_.ranges(), span_, block))
+        for (int64_t block = 0; block < tile.blocks; ++block)
+            if (is_eligible(p_.ranges(), tile.span, block))
                 s_.order[count++] = static_cast<int32_t>(block);
         return count;
     }
@@ -233,23 +261,38 @@ class TileSelection {
         return width;
     }
 
-    // Leaves the shortlist in s_.order, and it with what the attention walks beside it in
-    // s_.visited.
-    int64_t make_shortlist(int64_t eligible) {
+    // Leaves the scan tile's shortlist in s_.shortlist.
+    void make_shortlist() {
+        const int64_t eligible = find_eligible(scan_tile_);
         const int64_t width = shortlist_width(params_.max_blocks);
         const bool scans = eligible > width;
         if (scans) scan();
-        const int64_t count = take_largest(eligible, width);
-        walk(count);
+        shortlisted_ = take_largest(eligible, width);
+        std::copy(s_.order, s_.order + shortlisted_, s_.shortlist);
         std::fill(s_.rest, s_.rest + kMaxRows, -INFINITY);
-        if (scans && wants_estimate()) sum_rest();
+        if (scans && wants_estimate()) {
+            walk(scan_tile_, shortlisted_);
+            sum_rest();
+        }
+    }
+
+    // Leaves what the tile may list of the shortlist in s_.order, and it with what the attention
+    // walks beside it in s_.visited.
+    int64_t take_shortlist() {
+        int64_t count = 0;
+        for (int64_t n = 0; n < shortlisted_; ++n)
+            if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n]))
+                s_.order[count++] = s_.shortlist[n];
+        walk(tile_, count);
         return count;
     }
 
-    void walk(int64_t shortlisted) {
-        BlockWalk walk(anchor_blocks(p_.ranges(), span_), window_blocks(p_.ranges(), span_));
+    // Of the blocks in s_.order.
+    void walk(const QueryTile& tile, int64_t count) {
+        BlockWalk walk(anchor_blocks(p_.ranges(), tile.span),
+                       window_blocks(p_.ranges(), tile.span));
         uint32_t errors = 0;  // none: the list is our own
-        walk.set_list(s_.order, shortlisted, shortlisted, blocks_, &errors);
+        walk.set_list(s_.order, count, count, tile.blocks, &errors);
         walked_ = 0;
         for (BlockWalk::Step step; walk.next(&step);)
             s_.visited[walked_++] = static_cast<int32_t>(step.block);
@@ -259,7 +302,7 @@ class TileSelection {
     void refine(int64_t shortlisted) {
         ScoredRows& queries = s_.queries;
         const BlockList walked{s_.visited, walked_};
-        pool_queries(queries.rows, kRefinementPool);
+        pool_queries(queries.rows, tile_, refinement_pool());
         queries.start_norm();
         score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);
         queries.finish_norm();
@@ -281,16 +324,17 @@ class TileSelection {
     // ---- What is left out, summed directly: one minus the rest would lose small shares ----
 
     bool is_left_out(int64_t block) const {
-        return is_eligible(p_.ranges(), span_, block) &&
+        return is_eligible(p_.ranges(), tile_.span, block) &&
                !std::binary_search(s_.order, s_.order + taken_, static_cast<int32_t>(block));
     }
 
-    // Each pool's sum over the middle units outside the walk, from the masses of the scan.
+    // Each pool's sum over the middle units outside the scan tile's walk, from the masses of the
+    // scan.
     void sum_rest() {
         const ScoredRows& pools = s_.pools;
         std::fill(s_.total, s_.total + kMaxRows, 0.0);
         int64_t next = 0;
-        for (int64_t block = 0; block < blocks_; ++block) {
+        for (int64_t block = 0; block < scan_tile_.blocks; ++block) {
             if (next < walked_ && s_.visited[next] == block) {
                 ++next;
                 continue;
@@ -309,13 +353,13 @@ class TileSelection {
     void estimate_scanned() {
         const ScoredRows& pools = s_.pools;
         std::fill(s_.omitted, s_.omitted + kMaxRows, 0.0);
-        for (int64_t block = 0; block < blocks_; ++block) {
+        for (int64_t block = 0; block < tile_.blocks; ++block) {
             if (!is_left_out(block)) continue;
             const float* mass = s_.block_sum + block * pools.padded();
             for (int pool = 0; pool < pools.rows.count; ++pool)
                 s_.omitted[pool] += double{mass[pool]};
         }
-        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[pool_of(g, i, kScanPool)]; });
+        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[scanned_pool(g, i)]; });
     }
 
     // Fine units inside the walk; outside of it four times the middle ones of the pool, which stand
@@ -334,9 +378,9 @@ class TileSelection {
             }
         }
         store_estimate([&](int64_t g, int64_t i) {
-            const int64_t row = pool_of(g, i, kRefinementPool);
-            const double rest = 4 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]} -
-                                             double{queries.norm_max[row]});
+            const int64_t row = pool_of(tile_, refinement_pool(), g, i);
+            const double rest =
+                4 * std::exp(double{s_.rest[scanned_pool(g, i)]} - double{queries.norm_max[row]});
             const double total = s_.total[row] + rest;
             return total > 0 ? (s_.omitted[row] + rest) / total : 0.0;
         });
@@ -347,11 +391,11 @@ class TileSelection {
         ScoredRows& queries = s_.queries;
         std::fill(queries.norm_inverse, queries.norm_inverse + kMaxRows, 1.0f);
         const int64_t padded = queries.padded();
-        const int64_t size = pool_size(p_.group(), kRefinementPool);
-        const int64_t per_head = ceil_div(end_ - begin_, size);
+        const int64_t size = refinement_pool();
+        const int64_t per_head = ceil_div(tile_.end - tile_.begin, size);
         for (int64_t row = 0; row < queries.rows.count; ++row) {
-            const int64_t i = begin_ + row % per_head * size, g = row / per_head;
-            float base = s_.rest[pool_of(g, i, kScanPool)];
+            const int64_t i = tile_.begin + row % per_head * size, g = row / per_head;
+            float base = s_.rest[scanned_pool(g, i)];
             for (int64_t n = 0; n < walked_; ++n)
                 if (s_.block_sum[n * padded + row] > 0)
                     base = std::max(base, s_.block_max[n * padded + row]);
@@ -359,18 +403,20 @@ class TileSelection {
         }
     }
 
-    int64_t pool_of(int64_t g, int64_t i, int most) const {
-        const int size = pool_size(p_.group(), most);
-        return g * ceil_div(end_ - begin_, size) + (i - begin_) / size;
+    // Row of the pool that query i of the group's head g is in.
+    static int64_t pool_of(const QueryTile& tile, int size, int64_t g, int64_t i) {
+        return g * ceil_div(tile.end - tile.begin, size) + (i - tile.begin) / size;
+    }
+    int64_t scanned_pool(int64_t g, int64_t i) const {
+        return pool_of(scan_tile_, scan_pool(), g, i);
     }
 
     // `share(g, i)` is what query i of the group's head g leaves out.
     template <class Share>
     void store_estimate(const Share& share) {
-        const int group = p_.group();
-        for (int64_t g = 0; g < group; ++g)
-            for (int64_t i = begin_; i < end_; ++i) {
-                const int64_t head = batch_ * p_.query_heads + kv_head_ * group + g;
+        for (int64_t g = 0; g < p_.group(); ++g)
+            for (int64_t i = tile_.begin; i < tile_.end; ++i) {
+                const int64_t head = batch() * p_.query_heads + first_head() + g;
                 params_.omitted_mass_estimate[head * p_.query_len + i] =
                     static_cast<float>(std::min(1.0, share(g, i)));
             }
@@ -380,11 +426,12 @@ class TileSelection {
     const Problem& p_;
     const TileOps& ops_;
     Scratch& s_;
-    int64_t list_, kv_head_, batch_, begin_, end_;
-    int64_t blocks_;  // that hold a key some query of the tile may see
+    int64_t head_;  // KV head, of all batches
+    QueryTile scan_tile_, tile_;
+    int64_t list_ = 0;
+    int64_t shortlisted_ = -1;  // blocks; -1: not yet
     int64_t walked_ = 0;
     int64_t taken_ = 0;
-    TileSpan span_;
 };
 
 }  // namespace
@@ -392,10 +439,13 @@ class TileSelection {
 Status select_blocks(const BlockSelectParams& params, const Executor& executor) {
     const Problem& p = params.problem;
     const TileOps& ops = tile_ops();
+    const int64_t tiles = num_scan_tiles(params.selector, p.query_len, p.group(), p.kv_len);
     return for_each_item(
-        executor, p.batch * p.kv_heads * num_tiles(p.query_len, p.group()),
+        executor, p.batch * p.kv_heads * tiles,
         [&](Arena& arena) { return Scratch(arena, params); },
-        [&](int64_t item, Scratch& scratch) { TileSelection(params, ops, item, scratch).run(); });
+        [&](int64_t item, Scratch& scratch) {
+            TileSelection(params, ops, item / tiles, item % tiles, scratch).run();
+        });
 }
 
 }  // namespace condensate::cpu

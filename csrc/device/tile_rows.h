@@ -9,27 +9,32 @@ namespace condensate::device {
 
 struct TileRows {
     int batch, kv_head, group;
-    int positions;  // P, a power of two
+    int positions;  // P, or those of a scan tile; a power of two
     int log2_positions;
     int64_t first_query;  // of the tile
     int64_t query_len, kv_len;
-    int64_t tile_index;  // in [B, Hkv, T]
+    int64_t tile_index;  // in [B, Hkv, T], or of as many scan tiles
 
     // `index` counts tiles with KV heads major, and the last (longest) tile of a head first.
     __device__ static TileRows from_index(const Problem& p, int64_t index) {
-        int64_t tiles = num_tiles(p.query_len, p.group());
-        return TileRows(p, index / tiles, tiles - 1 - index % tiles);
+        return from_index(p, index, tile_positions(p.group()));
+    }
+    __device__ static TileRows from_index(const Problem& p, int64_t index, int positions) {
+        int64_t tiles = ceil_div(p.query_len, positions);
+        return TileRows(p, index / tiles, tiles - 1 - index % tiles, positions);
     }
 
     // `head` counts [B, Hkv].
     __device__ TileRows(const Problem& p, int64_t head, int64_t tile)
-        : group(p.group()), query_len(p.query_len), kv_len(p.kv_len) {
-        positions = tile_positions(group);
+        : TileRows(p, head, tile, tile_positions(p.group())) {}
+    // Of tiles of so many positions.
+    __device__ TileRows(const Problem& p, int64_t head, int64_t tile, int positions)
+        : group(p.group()), positions(positions), query_len(p.query_len), kv_len(p.kv_len) {
         log2_positions = 31 - __clz(positions);
         batch = static_cast<int>(head / p.kv_heads);
         kv_head = static_cast<int>(head % p.kv_heads);
         first_query = tile * positions;
-        tile_index = head * num_tiles(p.query_len, group) + tile;
+        tile_index = head * ceil_div(p.query_len, positions) + tile;
     }
 
     // In [B, Hkv].

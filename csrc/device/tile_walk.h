@@ -7,6 +7,12 @@
 
 namespace condensate::device {
 
+// Blocks that hold a key some row of the tile sees.
+__device__ __forceinline__ int reached_blocks(const Ranges& r, TileSpan t) {
+    const int64_t keys = r.causal ? min_i64(t.last + 1, r.kv_len) : r.kv_len;
+    return keys > 0 ? static_cast<int>(ceil_div(keys, kBlockKeys)) : 0;
+}
+
 // Over anchors, window and the tile's list.
 __device__ __forceinline__ BlockWalk tile_walk(const AttentionParams& params,
                                                const TileRows& tile) {
@@ -40,6 +46,27 @@ struct WalkSmem {
         rest = walk;
     }
 
+    // The same by a whole warp, 32 list entries at a time.
+    __device__ void set_by_warp(const AttentionParams& params, const TileRows& tile) {
+        const Ranges ranges = params.problem.ranges();
+        const TileSpan span = tile.span();
+        const BlockRange anchors = anchor_blocks(ranges, span),
+                         window = window_blocks(ranges, span);
+        const int anchors_end = static_cast<int>(anchors.end);
+        const int window_begin = static_cast<int>(max_i64(window.begin, anchors.end));
+        const int window_end = static_cast<int>(max_i64(window.end, window_begin));
+        int count = put_range(0, 0, anchors_end);
+        count = put_listed(count, params, tile, anchors_end, window_begin);
+        count = put_range(count, window_begin, window_end);
+        count = put_listed(count, params, tile, window_end, reached_blocks(ranges, span));
+        if (count > kRecorded) {
+            if ((threadIdx.x & 31) == 0) set(params, tile);
+        } else {
+            recorded = count;
+            complete = true;
+        }
+    }
+
     // A warp's next block behind the recorded ones.
     __device__ __forceinline__ int next_unrecorded(bool first) {
         int of_first_lane = 0;
@@ -49,6 +76,46 @@ struct WalkSmem {
             of_first_lane = walk.next().block;
         }
         return __shfl_sync(0xffffffffu, of_first_lane, 0);
+    }
+
+  private:
+    // Both write blocks from place `count` on, as far as there is room, and return the next place.
+    __device__ int put_range(int count, int begin, int end) {
+        for (int block = begin + static_cast<int>(threadIdx.x & 31); block < end; block += 32)
+            if (count + block - begin < kRecorded) blocks[count + block - begin] = block;
+        return count + end - begin;
+    }
+
+    // Valid entries of the list in [begin, end): those that exceed all valid ones before.
+    __device__ int put_listed(int count, const AttentionParams& params, const TileRows& tile,
+                              int begin, int end) {
+        if (!params.block_indices || begin >= end) return count;
+        constexpr unsigned kAll = 0xffffffffu;
+        const int lane = threadIdx.x & 31;
+        const int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
+        const int blocks_of_keys = static_cast<int>(num_blocks(params.problem.kv_len));
+        const int64_t claimed = params.block_counts[tile.tile_index];
+        const int size = static_cast<int>(min_i64(max_i64(claimed, 0), params.max_blocks));
+        int before = -1;  // the largest valid entry so far
+        for (int first = 0; first < size; first += 32) {
+            int entry = first + lane < size ? __ldg(list + first + lane) : -1;
+            if (entry >= blocks_of_keys) entry = -1;
+            int largest = entry;  // of this lane's and those before
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(kAll, largest, step);
+                if (lane >= step) largest = max(largest, other);
+            }
+            const int previous = __shfl_up_sync(kAll, largest, 1);
+            const bool valid = entry > max(before, lane > 0 ? previous : -1);
+            const bool put = valid && entry >= begin && entry < end;
+            const unsigned puts = __ballot_sync(kAll, put);
+            const int place = count + __popc(puts & ((1u << lane) - 1));
+            if (put && place < kRecorded) blocks[place] = entry;
+            count += __popc(puts);
+            before = max(before, __shfl_sync(kAll, largest, 31));
+        }
+        return count;
     }
 };
 

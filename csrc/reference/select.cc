@@ -19,23 +19,35 @@ struct Query {
 
 using Blocks = std::vector<int64_t>;  // ascending
 
-// One tile of one KV head: everything that its list depends on.
+// One tile or scan tile of one KV head: everything that its list depends on.
 struct Tile {
-    Tile(const BlockSelectParams& call, int64_t batch, int64_t kv, int64_t index)
-        : params(call), b(batch), kv_head(kv) {
+    Tile(const BlockSelectParams& call, int64_t batch, int64_t kv, int64_t index, int positions)
+        : params(call), b(batch), kv_head(kv), begin(index * positions) {
         const Problem& p = params.problem;
-        const int positions = tile_positions(p.group());
-        begin = index * positions;
         end = min_i64(begin + positions, p.query_len);
         span = tile_span(index, positions, p.query_len, p.kv_len);
-        list = (b * p.kv_heads + kv_head) * num_tiles(p.query_len, p.group()) + index;
     }
+    Tile scan_tile() const {
+        const Problem& p = params.problem;
+        const int positions = scan_positions(params.selector, p.group(), p.kv_len);
+        return {params, b, kv_head, begin / positions, positions};
+    }
+    int64_t list() const {
+        const Problem& p = params.problem;
+        const int positions = tile_positions(p.group());
+        return (b * p.kv_heads + kv_head) * num_tiles(p.query_len, p.group()) + begin / positions;
+    }
+    int scan_pool() const {
+        const Problem& p = params.problem;
+        return scan_pool_size(params.selector, p.group(), p.kv_len);
+    }
+    int refinement_pool() const { return pool_size(params.problem.group(), kRefinementPool); }
     Ranges ranges() const { return params.problem.ranges(); }
     int64_t first_head() const { return kv_head * params.problem.group(); }
     int64_t end_head() const { return first_head() + params.problem.group(); }
 
     const BlockSelectParams& params;
-    int64_t b, kv_head, begin, end, list;
+    int64_t b, kv_head, begin, end;
     TileSpan span;
 };
 
@@ -197,12 +209,11 @@ Blocks heaviest(const Blocks& blocks, const std::vector<Acc>& mass, int64_t widt
     return taken;
 }
 
-// The `width` eligible blocks whose hottest units weigh most for the pooled queries.
+// The `width` eligible blocks whose hottest units weigh most for the scan tile's pooled queries.
 template <class Acc>
 Blocks scan(const Tile& t, const Blocks& eligible, int64_t width) {
     if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
-    const std::vector<Query> pools =
-        pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kScanPool));
+    const std::vector<Query> pools = pooled_queries<Acc>(t, t.scan_pool());
     return heaviest(eligible,
                     largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t),
                                         eligible, block_largest<Acc>),
@@ -224,8 +235,7 @@ Blocks walked_blocks(const Tile& t, const Blocks& shortlist) {
 // The `width` shortlisted blocks that pairs of queries find heaviest.
 template <class Acc>
 Blocks refine(const Tile& t, const Blocks& shortlist, int64_t width) {
-    const std::vector<Query> queries =
-        pooled_queries<Acc>(t, pool_size(t.params.problem.group(), kRefinementPool));
+    const std::vector<Query> queries = pooled_queries<Acc>(t, t.refinement_pool());
     return heaviest(shortlist,
                     largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist),
                                         shortlist, block_log_sums<Acc>),
@@ -242,44 +252,48 @@ Acc scanned_omission(const Tile& t, const Query& pooled, const Blocks& left_out)
                    log_sum_of<Acc>(t, pooled, levels.norm, all_blocks(t)));
 }
 
-// A query's share outside the list: fine units inside W, and outside of it four times the middle
-// units of its pooled query, which stand for sixteen keys where fine ones stand for four.
+// What was seen of all blocks while a list was made.
+struct Looks {
+    Blocks walked;    // W
+    Blocks unwalked;  // outside the scan tile's W
+};
+
+// A query's share outside the list: fine units inside W, and outside of the scan tile's four times
+// the middle units of its pooled query, which stand for sixteen keys where fine ones stand for
+// four.
 template <class Acc>
 Acc refined_omission(const Tile& t, const Query& query, const Query& pooled, const Blocks& left_out,
-                     const Blocks& walked) {
-    Blocks unwalked, left_in_walk;
-    for (int64_t block : all_blocks(t))
-        if (!contains(walked, block)) unwalked.push_back(block);
+                     const Looks& looks) {
+    Blocks left_in_walk;
     for (int64_t block : left_out)
-        if (contains(walked, block)) left_in_walk.push_back(block);
+        if (contains(looks.walked, block)) left_in_walk.push_back(block);
     const Acc rest =
-        std::log(Acc{4}) + log_sum(block_log_sums<Acc>(t, pooled, kMiddleUnits, unwalked));
-    std::vector<Acc> all = block_log_sums<Acc>(t, query, kFineUnits, walked);
+        std::log(Acc{4}) + log_sum(block_log_sums<Acc>(t, pooled, kMiddleUnits, looks.unwalked));
+    std::vector<Acc> all = block_log_sums<Acc>(t, query, kFineUnits, looks.walked);
     std::vector<Acc> left = block_log_sums<Acc>(t, query, kFineUnits, left_in_walk);
     all.push_back(rest);
     left.push_back(rest);
     return mass_of(log_sum(left), log_sum(all));
 }
 
-// The mean of the pool of at most `most` queries that query i of head h belongs to.
+// The mean of the tile's pool of `size` queries that query i of head h belongs to.
 template <class Acc>
-Query pool_around(const Tile& t, int64_t h, int64_t i, int most) {
-    const int64_t size = pool_size(t.params.problem.group(), most);
+Query pool_around(const Tile& t, int64_t h, int64_t i, int64_t size) {
     const int64_t first = t.begin + (i - t.begin) / size * size;
     return pool<Acc>(t, h, first, min_i64(first + size, t.end));
 }
 
 template <class Acc>
-void store_estimate(const Tile& t, const Blocks& left_out, const Blocks& walked) {
+void store_estimate(const Tile& t, const Blocks& left_out, const Looks& looks) {
     const Problem& p = t.params.problem;
     for (int64_t h = t.first_head(); h < t.end_head(); ++h)
         for (int64_t i = t.begin; i < t.end; ++i) {
             Acc omitted = 0;
             if (!left_out.empty()) {
-                const Query scanned = pool_around<Acc>(t, h, i, kScanPool);
+                const Query scanned = pool_around<Acc>(t.scan_tile(), h, i, t.scan_pool());
+                const Query refined = pool_around<Acc>(t, h, i, t.refinement_pool());
                 omitted = t.params.selector == Selector::kBlock
-                              ? refined_omission<Acc>(t, pool_around<Acc>(t, h, i, kRefinementPool),
-                                                      scanned, left_out, walked)
+                              ? refined_omission<Acc>(t, refined, scanned, left_out, looks)
                               : scanned_omission<Acc>(t, scanned, left_out);
             }
             t.params.omitted_mass_estimate[(t.b * p.query_heads + h) * p.query_len + i] =
@@ -288,32 +302,42 @@ void store_estimate(const Tile& t, const Blocks& left_out, const Blocks& walked)
 }
 
 void store_list(const Tile& t, const Blocks& taken) {
-    t.params.block_counts[t.list] = static_cast<int32_t>(taken.size());
-    int32_t* indices = t.params.block_indices + t.list * t.params.max_blocks;
+    t.params.block_counts[t.list()] = static_cast<int32_t>(taken.size());
+    int32_t* indices = t.params.block_indices + t.list() * t.params.max_blocks;
     for (size_t n = 0; n < static_cast<size_t>(t.params.max_blocks); ++n)
         indices[n] = n < taken.size() ? static_cast<int32_t>(taken[n]) : -1;
 }
 
+// The list of more eligible blocks than it holds.
+template <class Acc>
+Blocks choose(const Tile& t, const Blocks& eligible, Looks* looks) {
+    const int64_t width = t.params.max_blocks;
+    if (t.params.selector != Selector::kBlock) return scan<Acc>(t, eligible, width);
+    const Tile s = t.scan_tile();
+    const Blocks scanned = scan<Acc>(s, eligible_blocks(s), shortlist_width(width));
+    Blocks shortlist;
+    for (int64_t block : scanned)
+        if (contains(eligible, block)) shortlist.push_back(block);
+    looks->walked = walked_blocks(t, shortlist);
+    const Blocks walked = walked_blocks(s, scanned);
+    for (int64_t block : all_blocks(t))
+        if (!contains(walked, block)) looks->unwalked.push_back(block);
+    return refine<Acc>(t, shortlist, width);
+}
+
 template <class Acc>
 void select_tile(const Tile& t) {
-    const int64_t width = t.params.max_blocks;
     const Blocks eligible = eligible_blocks(t);
-    Blocks taken = eligible, walked;
-    if (static_cast<int64_t>(eligible.size()) > width) {
-        if (t.params.selector == Selector::kBlock) {
-            const Blocks shortlist = scan<Acc>(t, eligible, shortlist_width(width));
-            walked = walked_blocks(t, shortlist);
-            taken = refine<Acc>(t, shortlist, width);
-        } else {
-            taken = scan<Acc>(t, eligible, width);
-        }
-    }
+    Blocks taken = eligible;
+    Looks looks;
+    if (static_cast<int64_t>(eligible.size()) > t.params.max_blocks)
+        taken = choose<Acc>(t, eligible, &looks);
     store_list(t, taken);
     if (t.params.omitted_mass_estimate == nullptr) return;
     Blocks left_out;
     for (int64_t block : eligible)
         if (!contains(taken, block)) left_out.push_back(block);
-    store_estimate<Acc>(t, left_out, walked);
+    store_estimate<Acc>(t, left_out, looks);
 }
 
 struct Candidate {
@@ -366,7 +390,7 @@ void select_blocks(const BlockSelectParams& params) {
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t kv = 0; kv < p.kv_heads; ++kv)
             for (int64_t tile = 0; tile < num_tiles(p.query_len, p.group()); ++tile)
-                select_tile<Acc>(Tile(params, b, kv, tile));
+                select_tile<Acc>(Tile(params, b, kv, tile, tile_positions(p.group())));
 }
 
 template <class Acc>

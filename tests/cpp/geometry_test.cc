@@ -3,6 +3,7 @@
 #include "condensate/geometry.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -110,6 +111,53 @@ TEST(Geometry, TilesPartitionTheQueries) {
                 });
                 ASSERT_EQ(expected, kv_len);
             }
+}
+
+TEST(Geometry, ScanTilesKeepTheScanLinear) {
+    for (int64_t k : {0, 1, 1000, 262144}) EXPECT_EQ(scan_tiles(Selector::kBlock, k), 1) << k;
+    EXPECT_EQ(scan_tiles(Selector::kBlock, 262145), 2);
+    EXPECT_EQ(scan_tiles(Selector::kBlock, 524288), 2);
+    EXPECT_EQ(scan_tiles(Selector::kBlock, 1048576), 4);
+    EXPECT_EQ(scan_tiles(Selector::kBlock, 1048577), 8);
+    EXPECT_EQ(scan_tiles(Selector::kBlock, std::numeric_limits<int32_t>::max()), 8);
+    for (Selector selector : {Selector::kQuest, Selector::kMean})
+        EXPECT_EQ(scan_tiles(selector, 1048576), 1);
+    for (int group = 1; group <= kMaxGroup; ++group)
+        for (int64_t kv_len : {1000, 300000, 600000, 3000000}) {
+            const int tiles = scan_tiles(Selector::kBlock, kv_len);
+            const int positions = scan_positions(Selector::kBlock, group, kv_len);
+            const int pool = scan_pool_size(Selector::kBlock, group, kv_len);
+            EXPECT_EQ(positions, tiles * tile_positions(group));
+            EXPECT_EQ(positions % pool, 0) << group;
+            EXPECT_EQ(positions / pool, tile_positions(group) / pool_size(group, kScanPool));
+            for (int64_t query_len : {1, 63, 64, 1000})
+                EXPECT_EQ(num_scan_tiles(Selector::kBlock, query_len, group, kv_len),
+                          ceil_div(num_tiles(query_len, group), tiles));
+        }
+}
+
+TEST(Geometry, AFullShortlistOfAScanTileFillsTheListsOfItsTiles) {
+    const int64_t kv_len = 3000, query_len = 1100;
+    const int positions = kMaxTilePositions, tiles = kMaxScanTiles;
+    for (int64_t window : {0, 1, 64, 65, 300, 1000})
+        for (int64_t anchors : {0, 65, 700})
+            for (bool causal : {true, false})
+                for (int64_t tile = 0; tile * positions < query_len; ++tile) {
+                    const Ranges r{kv_len, window, anchors, causal};
+                    const TileSpan own = tile_span(tile, positions, query_len, kv_len);
+                    const TileSpan scan =
+                        tile_span(tile / tiles, tiles * positions, query_len, kv_len);
+                    int more = 0, listable = 0;
+                    for (int64_t block = 0; block < num_blocks(kv_len); ++block) {
+                        const bool eligible = is_eligible(r, own, block);
+                        ASSERT_TRUE(!eligible || is_eligible(r, scan, block));
+                        listable += eligible;
+                        more += !eligible && is_eligible(r, scan, block);
+                    }
+                    ASSERT_TRUE(listable == 0 || more <= 2 * kMoreEligible) << more;
+                }
+    for (int64_t budget = 0; budget < 200; ++budget)
+        ASSERT_GE(shortlist_width(budget) - 2 * kMoreEligible, budget);
 }
 
 TEST(Geometry, SupportPredicatesMatchTheDefinition) {

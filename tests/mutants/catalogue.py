@@ -21,6 +21,7 @@ LENGTHS = "test_attention.py any_lengths"
 BAD_LISTS = "test_contents.py bad_list or garbage"
 TIES = "test_block_selection.py ties_go"
 SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
+SHARED_SCANS = "test_block_selection.py shared_scan or share_a_scan"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
@@ -135,8 +136,8 @@ CPU = (
     Mutant(
         "shortlist_of_the_lowest_blocks",
         "cpu/block_select.cc",
-        "const int64_t count = take_largest(eligible, width);",
-        "const int64_t count = min_i64(eligible, width);",
+        "shortlisted_ = take_largest(eligible, width);",
+        "shortlisted_ = min_i64(eligible, width);",
         SHORTLISTS,
     ),
     Mutant(
@@ -145,6 +146,13 @@ CPU = (
         "const int64_t width = shortlist_width(params_.max_blocks);",
         "const int64_t width = shortlist_width(params_.max_blocks) / 2;",
         SHORTLISTS,
+    ),
+    Mutant(
+        "shortlist_not_cut_to_the_tile",
+        "cpu/block_select.cc",
+        "if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n]))",
+        "",
+        SHARED_SCANS,
     ),
     Mutant(
         "scan_without_a_norm",
@@ -205,15 +213,15 @@ CPU = (
     Mutant(
         "estimate_counts_what_needs_no_list",
         "cpu/block_select.cc",
-        "return is_eligible(p_.ranges(), span_, block) &&",
+        "return is_eligible(p_.ranges(), tile_.span, block) &&",
         "return (block & 1) >= 0 &&",
         SHORTLISTS,
     ),
     Mutant(
         "rest_counted_once",
         "cpu/block_select.cc",
-        "4 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]}",
-        "1 * std::exp(double{s_.rest[pool_of(g, i, kScanPool)]}",
+        "4 * std::exp(double{s_.rest[scanned_pool(g, i)]}",
+        "1 * std::exp(double{s_.rest[scanned_pool(g, i)]}",
         SHORTLISTS,
     ),
     Mutant(
@@ -376,6 +384,14 @@ CUDA = (
         "entry <= last_entry_ || entry >= num_blocks_",
         "entry < 0 || entry >= num_blocks_",
         BAD_LISTS,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_shortlist_not_cut_to_the_tile",
+        "kernels/block_select/eligible.h",
+        "entry < eligible.low_end",
+        "entry < eligible.end",
+        SHARED_SCANS,
         "cuda",
     ),
     Mutant(

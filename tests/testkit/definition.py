@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 BLOCK_KEYS = 64
 FINE, MIDDLE, COARSE = 4, 16, 64  # keys per unit of "block"
@@ -28,6 +29,11 @@ SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at m
 def pool_size(group: int, most: int) -> int:
     """Queries averaged into one pooled query."""
     return min(most, tile_positions(group))
+
+
+def scan_tiles(kv_len: int) -> int:
+    """Consecutive tiles that share a scan and its shortlist, for selector "block"."""
+    return 1 if kv_len <= 2**18 else 2 if kv_len <= 2**19 else 4 if kv_len <= 2**20 else 8
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -85,13 +91,12 @@ class Ranges:
 
     def _any_of_tile(self, pairs: Tensor, group: int) -> Tensor:
         tile = torch.arange(self.query_len, device=self.device) // tile_positions(group)
-        block = torch.arange(self.kv_len, device=self.device) // BLOCK_KEYS
         tiles = ceil_div(self.query_len, tile_positions(group))
         blocks = ceil_div(self.kv_len, BLOCK_KEYS)
+        filled = pad(pairs, (0, blocks * BLOCK_KEYS - self.kv_len))
+        of_query = filled.unflatten(1, (blocks, BLOCK_KEYS)).any(-1)
         hits = torch.zeros(tiles, blocks, dtype=torch.float64, device=self.device)
-        per_tile = torch.zeros(tiles, self.kv_len, dtype=torch.float64, device=self.device)
-        per_tile.index_add_(0, tile, pairs.double())
-        return hits.index_add_(1, block, per_tile) > 0
+        return hits.index_add_(0, tile, of_query.double()) > 0
 
 
 def listed_blocks(indices: Tensor, counts: Tensor, kv_len: int) -> tuple[Tensor, Tensor]:

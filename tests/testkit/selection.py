@@ -26,6 +26,7 @@ from tests.testkit.definition import (
     Ranges,
     ceil_div,
     pool_size,
+    scan_tiles,
     spread_to_rows,
     tile_positions,
 )
@@ -141,27 +142,51 @@ class Scores:
         self.factor = oracle.as_float32(oracle.default_scale(d) if scale is None else scale)
         self.eligible = ranges.eligible(self.group)
         self.beside = ranges.beside(self.group)
+        self.joined = scan_tiles(ranges.kv_len) if selector == "block" else 1
+        self.scan_pool = self.joined * pool_size(self.group, SCAN_POOL)
+        self.refinement_pool = pool_size(self.group, REFINEMENT_POOL)
+
+    # What scan tiles [S, blocks] and tiles [T, blocks] have in common.
+
+    @property
+    def scan_eligible(self) -> Tensor:
+        return self._any_of_joined(self.eligible)
+
+    @property
+    def scan_beside(self) -> Tensor:
+        return self._any_of_joined(self.beside)
+
+    def _any_of_joined(self, of_tiles: Tensor) -> Tensor:
+        filled = pad(of_tiles, (0, 0, 0, -of_tiles.shape[0] % self.joined))
+        return filled.unflatten(0, (-1, self.joined)).any(1)
+
+    def to_tiles(self, of_scan_tiles: Tensor) -> Tensor:
+        """[..., S, blocks] -> [..., T, blocks]"""
+        return of_scan_tiles.repeat_interleave(self.joined, -2)[..., : self.eligible.shape[0], :]
 
     # Sums of every kind of query against every size of unit that the definition names.
 
     @cached_property
     def scan_part(self) -> LogSums:
-        return self._log_sums(MIDDLE if self.selector == "block" else LEVELS[self.selector][0])
+        size = MIDDLE if self.selector == "block" else LEVELS[self.selector][0]
+        return self._log_sums(size, self.scan_pool)
 
     @cached_property
     def scan_whole(self) -> LogSums:
-        return self._log_sums(COARSE) if self.selector == "block" else self.scan_part
+        if self.selector != "block":
+            return self.scan_part
+        return self._log_sums(COARSE, self.scan_pool)
 
     @cached_property
     def fine(self) -> LogSums:
-        return self._log_sums(FINE, REFINEMENT_POOL)
+        return self._log_sums(FINE, self.refinement_pool)
 
     @cached_property
     def middle(self) -> LogSums:
-        return self._log_sums(MIDDLE, REFINEMENT_POOL)
+        return self._log_sums(MIDDLE, self.refinement_pool)
 
-    def _log_sums(self, size: int, most_pooled: int = SCAN_POOL) -> LogSums:
-        d, pool = self.query.shape[-1], pool_size(self.group, most_pooled)
+    def _log_sums(self, size: int, pool: int) -> LogSums:
+        d = self.query.shape[-1]
         rows = pooled_queries(self.query, pool).double()
         unit = oracle.expand_heads(level_of(self.summaries, self.selector, size), self.heads)
         if self.selector == "quest":
@@ -174,7 +199,7 @@ class Scores:
         per_block = BLOCK_KEYS // size
         by_block = score.unflatten(-1, (score.shape[-1] // per_block, per_block))
         largest = by_block.masked_fill(by_block.isnan(), -torch.inf).amax(-1)
-        return LogSums(torch.logsumexp(by_block, -1), largest, self._error(rows, unit))
+        return LogSums(torch.logsumexp(by_block, -1), largest, self._error(rows, unit, pool))
 
     def _visible(self, size: int, pool: int) -> Tensor:
         """[rows, units]: is the unit's last key at or before the row's last query?"""
@@ -187,32 +212,34 @@ class Scores:
         seen = seen & (last <= position) if r.causal else seen
         return seen.to(r.device)
 
-    def _error(self, rows: Tensor, unit: Tensor) -> float:
-        """Accumulation in float32, rounding of the exponential's argument, and pooled queries
-        that round the other way."""
+    def _error(self, rows: Tensor, unit: Tensor, pool: int) -> float:
+        """Accumulation in float32, also of pools, rounding of the exponential's argument, and
+        pooled queries that round the other way."""
         if not rows.numel() or not unit.numel():
             return 0.0
         rows, unit = (t.abs().nan_to_num(posinf=0.0) for t in (rows, unit))
         size = abs(self.factor) * float((rows @ unit.mT).amax())
         if self.exact:
             return 4 * oracle.EPS * size + SUM_ERROR
+        summed = pooled_queries(self.query.abs().nan_to_num(posinf=0.0), pool).double()
+        pooling = pool * oracle.EPS * abs(self.factor) * float((summed @ unit.mT).amax())
         flip = 0.0
         if self.query.dtype != torch.float32:
             largest = float((rows.amax((0, 1, 2)) * unit.amax((0, 1, 2))).max())
             flip = 4 * oracle.UNIT_ROUNDOFF[self.query.dtype] * abs(self.factor) * largest
-        return (2 * (rows.shape[-1] + 4) + 4) * oracle.EPS * size + flip + SUM_ERROR
+        return (2 * (rows.shape[-1] + 4) + 4) * oracle.EPS * size + pooling + flip + SUM_ERROR
 
-    # Masses of tiles: [B, Hkv, T, blocks].
+    # Masses of tiles: [B, Hkv, T, blocks], or of scan tiles.
 
-    def _of_tiles(self, per_pool: Tensor, most_pooled: int) -> Tensor:
-        pools = tile_positions(self.group) // pool_size(self.group, most_pooled)
+    def _of_tiles(self, per_pool: Tensor, pools: int) -> Tensor:
         tiled = _runs(per_pool, pools).amax(3)
         return tiled.unflatten(1, (self.heads // self.group, self.group)).amax(2)
 
     @cached_property
     def scanned(self) -> Tensor:
-        """Masses of the scan: of the hottest units."""
-        return self._of_tiles(masses(self.scan_part.largest, self.scan_whole), SCAN_POOL)
+        """Masses of the scan: of the hottest units, for scan tiles."""
+        pools = self.joined * tile_positions(self.group) // self.scan_pool
+        return self._of_tiles(masses(self.scan_part.largest, self.scan_whole), pools)
 
     @property
     def scan_error(self) -> float:
@@ -224,9 +251,10 @@ class Scores:
 
     def refined(self, walked: Tensor) -> Tensor:
         """Masses of the refinement when `walked` [B, Hkv, T, blocks] is W."""
-        pool = pool_size(self.group, REFINEMENT_POOL)
+        pool = self.refinement_pool
         counted = spread_to_rows(walked, self.heads, self.query.shape[2])[:, :, ::pool]
-        return self._of_tiles(masses(self.fine.by_block, self.middle, counted), REFINEMENT_POOL)
+        per_pool = masses(self.fine.by_block, self.middle, counted)
+        return self._of_tiles(per_pool, tile_positions(self.group) // pool)
 
 
 # ---- Lists ----
@@ -260,7 +288,9 @@ def check_lists(scores: Scores, indices: Tensor, counts: Tensor, budget: int) ->
 
 
 def _check_two_levels(scores: Scores, chosen: Tensor, budget: int) -> Tensor:
-    certain, possible = shortlist_bounds(scores, chosen.shape, budget)
+    certain, possible = (
+        scores.to_tiles(bound) & scores.eligible for bound in shortlist_bounds(scores, budget)
+    )
     assert not (chosen & ~possible).any(), "a block was taken that cannot be on the shortlist"
     one = scores.refined(certain | scores.beside)
     other = scores.refined(possible | scores.beside)
@@ -274,12 +304,11 @@ def _check_two_levels(scores: Scores, chosen: Tensor, budget: int) -> Tensor:
     return chosen
 
 
-def shortlist_bounds(scores: Scores, shape: torch.Size, budget: int) -> tuple[Tensor, Tensor]:
-    """Blocks that are surely on the shortlist, and those that may be."""
-    certain, possible = top_bounds(
-        scores.scanned, scores.eligible, shortlist_width(budget), scores.scan_error
+def shortlist_bounds(scores: Scores, budget: int) -> tuple[Tensor, Tensor]:
+    """Blocks that are surely on the shortlist of a scan tile, and those that may be."""
+    return top_bounds(
+        scores.scanned, scores.scan_eligible, shortlist_width(budget), scores.scan_error
     )
-    return certain.expand(shape), possible.expand(shape)
 
 
 def check_form(indices: Tensor, counts: Tensor, eligible: Tensor, budget: int) -> Tensor:
@@ -330,8 +359,11 @@ def expected_choice(scores: Scores, budget: int) -> tuple[Tensor, Tensor]:
     """
     if scores.selector != "block":
         return expected_lists(scores.scanned, scores.eligible, budget)
-    shortlist, certain = expected_lists(scores.scanned, scores.eligible, shortlist_width(budget))
-    certain |= shortlist.sum(-1) == scores.eligible.sum(-1)
+    width = shortlist_width(budget)
+    shared, certain = expected_lists(scores.scanned, scores.scan_eligible, width)
+    certain |= shared.sum(-1) == scores.scan_eligible.sum(-1)
+    shortlist = scores.to_tiles(shared) & scores.eligible
+    certain = scores.to_tiles(certain[..., None])[..., 0]
     mass = scores.refined(shortlist | scores.beside)
     chosen, certain_list = expected_lists(mass, shortlist, budget)
     fits = scores.eligible.sum(-1) <= budget
@@ -372,19 +404,28 @@ def estimated_omission(scores: Scores, chosen: Tensor, budget: int) -> tuple[Ten
 
     left = rows(scores.eligible & ~chosen)
     row = torch.arange(query_len, device=chosen.device)
-    pool = row // pool_size(scores.group, SCAN_POOL)
+    pool = row // scores.scan_pool
     coarse = scores.scan_part.by_block[:, :, pool].nan_to_num(-math.inf, math.inf, -math.inf)
     if scores.selector != "block":
         norm = torch.logsumexp(scores.scan_whole.by_block, -1)[:, :, pool]
         share = _shares(coarse.masked_fill(~left, -torch.inf), norm)
         return share, share
-    certain, possible = shortlist_bounds(scores, chosen.shape, budget)
-    pair = row // pool_size(scores.group, REFINEMENT_POOL)
+    certain, possible = map(scores.to_tiles, shortlist_bounds(scores, budget))
+    scan_beside = scores.to_tiles(scores.scan_beside)
+    pair = row // scores.refinement_pool
     fine = scores.fine.by_block[:, :, pair].nan_to_num(-math.inf, math.inf, -math.inf)
     rest = coarse + math.log(MIDDLE / FINE)
-    inside, outside = rows(certain | chosen | scores.beside), rows(~(possible | scores.beside))
-    least = torch.where(inside, fine, torch.where(outside, rest, torch.minimum(fine, rest)))
-    most = torch.where(inside, fine, torch.where(outside, rest, torch.maximum(fine, rest)))
+    # A block counts finely where the tile walks it, else roughly where its scan tile does not; a
+    # block that only the scan tile walks does not count. Roughly counted ones are all left out.
+    walked = fine.masked_fill(~rows(scores.eligible | scores.beside), -torch.inf)
+    unwalked = torch.where(rows(scores.beside), fine, rest)
+    unwalked = unwalked.masked_fill(rows(scan_beside & ~scores.beside), -torch.inf)
+    inside, outside = rows(certain | chosen), rows(~possible)
+    least, most = (
+        torch.where(inside, walked, torch.where(outside, unwalked, either(walked, unwalked)))
+        for either in (torch.minimum, torch.maximum)
+    )
+    left |= ~inside & rows(~scan_beside)
     kept = least.masked_fill(left, -torch.inf)
     bounds = []
     for terms in (least, most):

@@ -16,7 +16,9 @@ constexpr int kMaxTilePositions = 64;  // positions of a tile, at most
 // and by the refinement of its shortlist. Powers of two.
 constexpr int kScanPool = 8;
 constexpr int kRefinementPool = 2;
-constexpr int kMaxGroup = 64;  // query heads per KV head, at most
+constexpr int64_t kScanKeys = 262144;  // up to so many every tile has a scan of its own
+constexpr int kMaxScanTiles = 8;       // tiles that share a scan, at most
+constexpr int kMaxGroup = 64;          // query heads per KV head, at most
 constexpr int kMaxHeadDim = 256;
 
 CONDENSATE_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -90,6 +92,31 @@ CONDENSATE_HOST_DEVICE int64_t shortlist_width(int64_t max_blocks) {
     return max_i64(64, 2 * max_blocks);
 }
 
+// A scan tile is as many consecutive tiles as share one scan and its shortlist: twice as many
+// whenever the keys have doubled, so that the scans of a long context are linear in its length.
+// It has the pooled queries of one tile, of so many times the positions. Where the scan makes the
+// list it is one tile.
+CONDENSATE_HOST_DEVICE int scan_tiles(Selector selector, int64_t kv_len) {
+    int tiles = 1;
+    while (selector == Selector::kBlock && tiles < kMaxScanTiles && kv_len > tiles * kScanKeys)
+        tiles *= 2;
+    return tiles;
+}
+CONDENSATE_HOST_DEVICE int scan_positions(Selector selector, int group, int64_t kv_len) {
+    return scan_tiles(selector, kv_len) * tile_positions(group);
+}
+CONDENSATE_HOST_DEVICE int scan_pool_size(Selector selector, int group, int64_t kv_len) {
+    return scan_tiles(selector, kv_len) * pool_size(group, kScanPool);
+}
+CONDENSATE_HOST_DEVICE int64_t num_scan_tiles(Selector selector, int64_t query_len, int group,
+                                              int64_t kv_len) {
+    return ceil_div(query_len, scan_positions(selector, group, kv_len));
+}
+// On either side of a tile's windows a scan tile has at most this many more eligible blocks than
+// the tile, so enough of a full shortlist is eligible for the tile to fill its list.
+constexpr int kMoreEligible = (kMaxScanTiles - 1) * kMaxTilePositions / kBlockKeys;
+static_assert(2 * kMoreEligible <= 32, "a shortlist has room for at least 32 blocks more");
+
 // Absolute position of query i: bottom-right alignment. Negative when the query precedes all keys.
 CONDENSATE_HOST_DEVICE int64_t query_position(int64_t i, int64_t query_len, int64_t kv_len) {
     return i + kv_len - query_len;
@@ -118,7 +145,7 @@ CONDENSATE_HOST_DEVICE bool in_support(const Ranges& r, int64_t p, int64_t j, bo
     return is_visible(r, p, j) && (listed || j < r.anchors || in_window(r, p, j));
 }
 
-// Positions first..last of the queries of one tile (last is the tile's last existing query).
+// Positions first..last of the queries of one tile or scan tile (last is its last existing query).
 struct TileSpan {
     int64_t first;
     int64_t last;

@@ -61,6 +61,35 @@ struct RangeBlocks {
     }
 };
 
+// What a tile may list of its scan tile's shortlist: the entries that are eligible for it too.
+// Those that are not come after all that are (they lie past the tile), or lie in its windows.
+struct TileShortlist {
+    const int32_t* list;
+    int low;      // eligible entries before those that are not
+    int skipped;  // entries that are not
+    int count;    // eligible entries
+    int entries;  // up to the last eligible one
+
+    // The entry that is the i-th eligible one.
+    __device__ int place(int i) const { return i < low ? i : i + skipped; }
+    __device__ int operator[](int i) const { return __ldg(list + place(i)); }
+
+    // The whole warp calls it.
+    __device__ TileShortlist(const int32_t* list, int size, const EligibleBlocks& eligible)
+        : list(list), low(0) {
+        int before_high = 0;
+        for (int first = 0; first < size; first += 32) {
+            int i = first + static_cast<int>(threadIdx.x & 31);
+            int entry = i < size ? __ldg(list + i) : INT_MAX;
+            low += __popc(__ballot_sync(0xffffffffu, entry < eligible.low_end));
+            before_high += __popc(__ballot_sync(0xffffffffu, entry < eligible.high_begin));
+        }
+        skipped = before_high - low;
+        count = size - skipped;
+        entries = count > low ? size : low;
+    }
+};
+
 // The blocks of device::BlockWalk over a valid list, by their place in its order, so that threads
 // need not walk: anchors, entries before the window, window, entries after it.
 struct WalkedBlocks {

@@ -33,8 +33,8 @@ __device__ __forceinline__ void write_share(const RefinedTile<Traits>& tile, int
     for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
 }
 
-// Turns the tile's estimates, which hold log2 of the pooled sum R over blocks outside the walked
-// ones, into the share of what lies in eligible blocks that are not listed.
+// Turns the tile's estimates, which hold log2 of the pooled sum R over blocks outside its scan
+// tile's walk, into the share of what lies in eligible blocks that are not listed.
 template <class Traits>
 __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
     constexpr int kMTiles = Traits::kMTiles;
@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
                           const __grid_constant__ Shortlists shortlists) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
-    const PooledRows pooled(device::TileRows::from_index(params.problem, blockIdx.x),
-                            kRefinementPool);
+    const PooledRows pooled =
+        PooledRows::of_refinement(device::TileRows::from_index(params.problem, blockIdx.x));
     const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
     if (eligible.count() <= params.max_blocks) {  // all are listed
         for (int row = threadIdx.x; row < pooled.rows; row += Traits::kThreads) {

@@ -23,14 +23,15 @@ __device__ __forceinline__ void find_norm(RefinedTile<Traits>& tile) {
     tile.rows.normalise(softmax);
 }
 
-// Of every block of the shortlist, the largest over each warp's rows.
+// Of every entry of the shortlist, the largest over each warp's rows. The few that the tile may not
+// list, all in its windows, are dropped when it chooses.
 template <class Traits>
 __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t* masses,
                                             int width) {
     const int lane = threadIdx.x & 31;
     auto& smem = tile.smem;
     tile.template sweep<kRefinementLevels.mass.per_block>(
-        kRefinementLevels.mass, smem.shortlisted,
+        kRefinementLevels.mass, smem.shortlist.entries,
         [&](int i) { return __ldg(smem.walked.list + i); },
         [&](typename RefinedTile<Traits>::Scores& s, int first) {
             tile.rows.weigh(s, tile.scale_log2);
@@ -39,7 +40,7 @@ __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t*
                 mass = chunk_masses_in_order(s);
             else
                 mass = chunk_masses(s);
-            if (lane < 4 && first + lane < smem.shortlisted)
+            if (lane < 4 && first + lane < smem.shortlist.entries)
                 masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass);
         });
 }
@@ -49,15 +50,18 @@ template <class Traits>
 __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t* histogram_smem,
                                        uint32_t* masses, int width, int32_t* list, int keep) {
     const int warps = (smem.pooled.rows + Traits::kWarpRows - 1) / Traits::kWarpRows;
-    const int count = smem.shortlisted;
-    for (int i = threadIdx.x & 31; i < count; i += 32) {
-        uint32_t mass = masses[i];
-        for (int w = 1; w < warps; ++w) mass = max(mass, masses[w * width + i]);
-        masses[i] = mass;
+    const TileShortlist shortlist = smem.shortlist;
+    for (int first = 0; first < shortlist.count; first += 32) {
+        const int i = first + static_cast<int>(threadIdx.x & 31), from = shortlist.place(i);
+        uint32_t mass = 0;
+        for (int w = 0; w < warps && i < shortlist.count; ++w)
+            mass = max(mass, masses[w * width + from]);
+        __syncwarp();  // all lanes have read what is overwritten now
+        if (i < shortlist.count) masses[i] = mass;
     }
     __syncwarp();
-    Threshold threshold = radix_threshold(masses, count, keep, histogram_smem);
-    write_list(masses, smem.walked.list, count, threshold, list, nullptr);
+    Threshold threshold = radix_threshold(masses, shortlist.count, keep, histogram_smem);
+    write_list(masses, shortlist, shortlist.count, threshold, list, nullptr);
 }
 
 // A tile without a choice: all eligible blocks are listed.
@@ -87,14 +91,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                  : masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const PooledRows pooled(device::TileRows::from_index(params.problem, index),
-                                kRefinementPool);
+        const PooledRows pooled =
+            PooledRows::of_refinement(device::TileRows::from_index(params.problem, index));
         const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
         if (eligible.count() <= params.max_blocks) {
             take_all(params, pooled, eligible);
             continue;
         }
-        const int keep = static_cast<int>(params.max_blocks);
+        const int keep = static_cast<int>(params.max_blocks);  // the shortlist has as many
         if (threadIdx.x == 0) params.block_counts[pooled.tile.tile_index] = keep;
         if (keep == 0) continue;
         RefinedTile<Traits> tile(smem, params, maps, streamed);

@@ -10,17 +10,26 @@
 namespace condensate::kernels::block_select {
 
 struct Shortlists {
-    const int32_t* indices;  // [tiles of all heads, width]
-    const int32_t* counts;   // [tiles of all heads]
+    const int32_t* indices;  // [scan tiles of all heads, width]
+    const int32_t* counts;   // [scan tiles of all heads]
     int width;
+    int positions;  // of a scan tile
+    int per_head;   // scan tiles of a KV head
+
+    // The whole warp calls it.
+    __device__ TileShortlist of(const device::TileRows& tile, int head,
+                                const EligibleBlocks& eligible) const {
+        const int scan_tile = head * per_head + static_cast<int>(tile.first_query) / positions;
+        return {indices + int64_t{scan_tile} * width, counts[scan_tile], eligible};
+    }
 };
 
 template <class Traits>
 struct RefinedSmem : Traits::Smem {
     PooledRows pooled;
     EligibleBlocks eligible;
-    WalkedBlocks walked;                  // its list is the shortlist
-    int shortlisted;                      // blocks of it
+    WalkedBlocks walked;  // its list is the shortlist, whose entries in the windows it skips
+    TileShortlist shortlist;
     const typename Traits::T* summaries;  // of the KV head
     int head;                             // of all batches
 };
@@ -55,19 +64,19 @@ struct RefinedTile {
         load_pooled_queries<Traits, kRefinementPool>(
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
-        const int shortlisted = shortlists.counts[tile.tile_index];
-        const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()),
-                                  shortlists.indices + tile.tile_index * shortlists.width,
-                                  shortlisted);
+        const int head = tile.flat_kv_head(problem);
+        const TileShortlist shortlist = shortlists.of(tile, head, eligible);
+        const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()), shortlist.list,
+                                  shortlist.entries);
         if (threadIdx.x == 0) {
             smem.pooled = pooled;
             smem.eligible = eligible;
             smem.walked = walked;
-            smem.shortlisted = shortlisted;
-            smem.head = static_cast<int>(tile.batch * problem.kv_heads) + tile.kv_head;
-            smem.summaries = static_cast<const T*>(params.summaries) +
-                             int64_t{smem.head} * summary_rows(Selector::kBlock, problem.kv_len) *
-                                 problem.head_dim;
+            smem.shortlist = shortlist;
+            smem.head = head;
+            smem.summaries =
+                static_cast<const T*>(params.summaries) +
+                int64_t{head} * summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
         }
         rows.hold([&](int row) {
             return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;

@@ -1,6 +1,7 @@
 // The scan: pooled queries against every visible unit. Persistent CTAs of eight (or four) warps;
-// as many tiles of a KV head at a time, a warp each, share the units that are loaded. One pass
-// finds each row's softmax sum, the next the masses of blocks, of which the largest are kept.
+// as many scan tiles of a KV head at a time, a warp each, share the units that are loaded. One pass
+// finds each row's softmax sum, the next the masses of blocks, of which the largest are kept. All
+// tiles in this file are scan tiles.
 #pragma once
 
 #include "condensate/params.h"
@@ -13,14 +14,14 @@ namespace condensate::kernels::block_select {
 
 // What a scan makes: shortlists, or the result itself.
 struct ScanOutput {
-    int32_t* indices;  // [tiles of all heads, width]
-    int32_t* counts;   // [tiles of all heads]
+    int32_t* indices;  // [scan tiles of all heads, width]
+    int32_t* counts;   // [scan tiles of all heads]
     int64_t width;
     // Per resident warp: capacity masses, capacity blocks; not used up to kSmemWindow.
     uint32_t* candidates;
     int64_t capacity;
-    int tiles_per_head;
-    int items;  // of a tile a warp
+    int tiles_per_head;  // scan tiles
+    int items;           // of a scan tile a warp
 };
 
 // Entries of an ascending list as bits of consecutive ranges of at most 64 blocks.
@@ -201,7 +202,7 @@ struct TileScan {
 template <int kMTiles, class Value>
 __device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
                                                 const device::TileRows& tile, Value&& value) {
-    const PooledRows pooled(tile, kScanPool);
+    const PooledRows pooled = PooledRows::of_scan(params, tile);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
@@ -299,7 +300,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int head = item % heads;
         const int first_tile = (items_per_head - 1 - item / heads) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
-        const device::TileRows tile(problem, head, exists ? first_tile + warp : tiles - 1);
+        const device::TileRows tile(
+            problem, head, exists ? first_tile + warp : tiles - 1,
+            scan_positions(Traits::kSelector, problem.group(), problem.kv_len));
         const bool scores = begin_tile<Traits>(smem.tile[warp], smem.window[warp], params, output,
                                                tile, exists, round);
         if (!__syncthreads_or(scores)) continue;
@@ -315,8 +318,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
         TileScan<Traits> scan{
             smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
-        const PooledRows pooled(tile, kScanPool);
-        load_pooled_queries<Traits, kScanPool>(ptx::smem_address(smem.stages), params, pooled, 0);
+        const PooledRows pooled = PooledRows::of_scan(params, tile);
+        const uint32_t rows_smem = ptx::smem_address(smem.stages);
+        if (!Traits::kShortlists || pooled.pool <= kScanPool)
+            load_pooled_queries<Traits, kScanPool>(rows_smem, params, pooled, 0);
+        else if constexpr (Traits::kShortlists)
+            load_pooled_queries<Traits, kScanPool, true>(rows_smem, params, pooled, 0);
         scan.rows.hold([&](int row) {
             row %= Traits::kWarpRows;
             return scores && row < pooled.rows ? static_cast<int>(pooled.last_position(row))

@@ -1,5 +1,5 @@
-// The rows of a tile that are scored, queries averaged over a few positions: what they see, and how
-// they come about.
+// The rows of a tile or scan tile that are scored, queries averaged over a few positions: what they
+// see, and how they come about.
 #pragma once
 
 #include "condensate/params.h"
@@ -17,13 +17,20 @@ struct PooledRows {
     int rows;
     int inverse;  // ceil(2^16 / pools): row / pools == row * inverse >> 16 for rows < 128
 
-    __device__ PooledRows(const device::TileRows& tile, int most)
-        : tile(tile), pool(pool_size(tile.group, most)) {
+    __device__ PooledRows(const device::TileRows& tile, int pool) : tile(tile), pool(pool) {
         int positions =
             static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query));
         pools = (positions + pool - 1) / pool;
         rows = pools * tile.group;
         inverse = (65535 + pools) / pools;
+    }
+    // Of a scan tile.
+    __device__ static PooledRows of_scan(const BlockSelectParams& params,
+                                         const device::TileRows& tile) {
+        return PooledRows(tile, scan_pool_size(params.selector, tile.group, tile.kv_len));
+    }
+    __device__ static PooledRows of_refinement(const device::TileRows& tile) {
+        return PooledRows(tile, pool_size(tile.group, kRefinementPool));
     }
 
     __device__ int head_in_group(int row) const { return row * inverse >> 16; }
@@ -54,9 +61,10 @@ __device__ __forceinline__ int visible_units(const Ranges& r, int64_t last_posit
     return last_position < 0 ? 0 : static_cast<int>((last_position + 1) / unit_keys);
 }
 
-// Sum of the existing queries of a pool over 8 channels, in float32; all loads are in flight.
+// Adds the first kMost of `size` queries of a pool over 8 channels, in float32; all loads are in
+// flight.
 template <int kMost, class T>
-__device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64_t stride,
+__device__ __forceinline__ void add_queries(float (&sum)[8], const T* src, int64_t stride,
                                             int size) {
     uint4 packed[kMost];
 #pragma unroll
@@ -65,8 +73,6 @@ __device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64
         if (q < size) packed[q] = __ldg(reinterpret_cast<const uint4*>(src + q * stride));
     }
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] = 0.0f;
-#pragma unroll
     for (int q = 0; q < kMost; ++q) {
         const T* elements = reinterpret_cast<const T*>(&packed[q]);
 #pragma unroll
@@ -74,10 +80,10 @@ __device__ __forceinline__ void sum_queries(float (&sum)[8], const T* src, int64
     }
 }
 
-// Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over at most
-// kMost positions. Quest's bound is a dot product of [max(q,0) | min(q,0)] with [max | min], so its
-// queries take two halves.
-template <class Traits, int kMost>
+// Each warp fills its rows of the CTA with the tile's from `first_row` on, averaged over their
+// pools: kMost positions at a time, at most so many unless kLonger. Quest's bound is a dot product
+// of [max(q,0) | min(q,0)] with [max | min], so its queries take two halves.
+template <class Traits, int kMost, bool kLonger = false>
 __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const BlockSelectParams& params,
                                                     const PooledRows& pooled, int first_row) {
@@ -99,9 +105,15 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
         for (int chunk = lane % kRowLanes; chunk < kChunks; chunk += kRowLanes) {
             const bool low_half = kQuest && chunk >= query_chunks;
             const int source = low_half ? chunk - query_chunks : chunk;
-            float mean[8];
-            sum_queries<kMost>(mean, row_gmem + source * 8, params.query.stride_seq,
-                               source < query_chunks ? size : 0);
+            const T* src = row_gmem + source * 8;
+            const int queries = source < query_chunks ? size : 0;
+            float mean[8] = {};
+            add_queries<kMost>(mean, src, params.query.stride_seq, queries);
+            if constexpr (kLonger) {
+                for (int first = kMost; first < queries; first += kMost)
+                    add_queries<kMost>(mean, src + first * params.query.stride_seq,
+                                       params.query.stride_seq, queries - first);
+            }
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 mean[e] *= share;

@@ -16,17 +16,15 @@ struct Call {
     const LaunchContext& context;
     Workspace workspace;
 
-    int tiles_per_head() const {
-        const Problem& p = params.problem;
-        return static_cast<int>(num_tiles(p.query_len, p.group()));
-    }
     template <class T>
     T* at(int64_t offset) const {
         return reinterpret_cast<T*>(static_cast<char*>(params.workspace) + offset);
     }
     Shortlists shortlists() const {
         return {at<int32_t>(workspace.indices), at<int32_t>(workspace.counts),
-                static_cast<int>(workspace.width)};
+                static_cast<int>(workspace.width),
+                scan_positions(params.selector, params.problem.group(), params.problem.kv_len),
+                static_cast<int>(scan_tiles_per_head(params))};
     }
 };
 
@@ -38,8 +36,8 @@ Status scan(const Call& call, const typename Traits::Maps& maps = {}) {
                          w.width,
                          call.at<uint32_t>(w.scratch),
                          w.capacity,
-                         call.tiles_per_head(),
-                         static_cast<int>(scan_items(call.params.problem))};
+                         static_cast<int>(scan_tiles_per_head(call.params)),
+                         static_cast<int>(scan_items(call.params))};
     if (Traits::kShortlists) {
         output.indices = call.at<int32_t>(w.indices);
         output.counts = call.at<int32_t>(w.counts);

@@ -66,7 +66,8 @@ __device__ inline Threshold radix_threshold(const uint32_t* masses, int n, int k
 
 // Writes those of n blocks (ascending) that the threshold takes, and their masses where masses_out
 // is not null; both may be written in place. Returns how many; the whole warp sees what is written.
-__device__ inline int write_list(const uint32_t* masses, const int32_t* blocks, int n,
+template <class Blocks>
+__device__ inline int write_list(const uint32_t* masses, const Blocks& blocks, int n,
                                  Threshold threshold, int32_t* blocks_out, uint32_t* masses_out) {
     constexpr unsigned kAll = 0xffffffffu;
     const int lane = threadIdx.x & 31;

@@ -9,16 +9,20 @@ namespace condensate::kernels::block_select {
 inline int64_t all_tiles(const Problem& p) {
     return p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
 }
-// Consecutive tiles of a KV head, one a warp.
-inline int64_t scan_items(const Problem& p) {
-    return p.batch * p.kv_heads *
-           ceil_div(num_tiles(p.query_len, p.group()), scan_warps(p.group()));
+inline int64_t scan_tiles_per_head(const BlockSelectParams& params) {
+    const Problem& p = params.problem;
+    return num_scan_tiles(params.selector, p.query_len, p.group(), p.kv_len);
+}
+// Consecutive scan tiles of a KV head, one a warp.
+inline int64_t scan_items(const BlockSelectParams& params) {
+    const Problem& p = params.problem;
+    return p.batch * p.kv_heads * ceil_div(scan_tiles_per_head(params), scan_warps(p.group()));
 }
 // Persistent CTAs of the scan and of the refinement, at most.
 inline int64_t scan_ctas(const BlockSelectParams& params, int sm_count) {
     const Problem& p = params.problem;
     int dim = summary_dim(params.selector, static_cast<int>(p.head_dim));
-    return min_i64(scan_items(p), int64_t{sm_count} * scan_ctas_per_sm(dim));
+    return min_i64(scan_items(params), int64_t{sm_count} * scan_ctas_per_sm(dim));
 }
 inline int64_t refine_ctas(const BlockSelectParams& params, int sm_count) {
     int dim = static_cast<int>(params.problem.head_dim);
@@ -41,8 +45,9 @@ struct Workspace {
         capacity = width < blocks ? TopBlocks::capacity_for(width) : 0;
         constexpr int64_t kWord = 4;
         if (refines) {
-            counts = round_up(all_tiles(p) * width * kWord);
-            scratch = counts + round_up(all_tiles(p) * kWord);
+            const int64_t shortlists = p.batch * p.kv_heads * scan_tiles_per_head(params);
+            counts = round_up(shortlists * width * kWord);
+            scratch = counts + round_up(shortlists * kWord);
         }
         int64_t scan_bytes = scan_ctas(params, sm_count) * scan_warps(p.group()) * 2 * capacity;
         scan_bytes = capacity <= kSmemWindow ? 0 : scan_bytes * kWord;

@@ -1,5 +1,5 @@
-// Block selection on CUDA cores: one CTA per tile, a unit per lane, four rows per warp, 32 rows at
-// a time. Every pass is a sweep over the units of one level of some blocks.
+// Block selection on CUDA cores: one CTA per scan tile, a unit per lane, four rows per warp, 32
+// rows at a time. Every pass is a sweep over the units of one level of some blocks.
 #include "device/block_walk.h"
 #include "kernels/block_select/eligible.h"
 #include "kernels/launch.h"
@@ -18,17 +18,20 @@ int64_t select_smem_bytes(const BlockSelectParams& params) {
     return static_cast<int64_t>(sizeof(SelectSmem)) + kCtaRows * dim * 4;
 }
 
-int64_t select_ctas(const BlockSelectParams& params, int sm_count) {
+int64_t all_scan_tiles(const BlockSelectParams& params) {
     const Problem& p = params.problem;
-    int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
-    return min_i64(tiles, static_cast<int64_t>(kCtasPerSm) * sm_count);
+    return p.batch * p.kv_heads * num_scan_tiles(params.selector, p.query_len, p.group(), p.kv_len);
+}
+
+int64_t select_ctas(const BlockSelectParams& params, int sm_count) {
+    return min_i64(all_scan_tiles(params), static_cast<int64_t>(kCtasPerSm) * sm_count);
 }
 
 // Blocks in a CTA's part of the workspace, each [num_blocks].
 struct Scratch {
     static constexpr int kArrays = 4;
     uint32_t* masses;   // of the candidates: the eligible blocks, later the shortlist
-    int32_t* eligible;  // ascending
+    int32_t* eligible;  // ascending, later those of the shortlist
     int32_t* shortlist;
     int32_t* walked;
 
@@ -150,15 +153,16 @@ struct TileSelection {
         for (int r = 0; r < kWarpRows; ++r) {
             int row = first_row + lane.row(r);
             float sum = warp_sum(outside[r]);
-            if (lane.lane >= pooled.size(row)) continue;
             bool refines = params.selector == Selector::kBlock;
             float log_sum = sum > 0.0f ? logf(fminf(sum, FLT_MAX)) + smem.norm[row] : -INFINITY;
             int64_t first = pooled.flat_row(row, params.problem.query_heads);
-            params.omitted_mass_estimate[first + lane.lane] = refines ? log_sum : fminf(sum, 1.0f);
+            for (int i = lane.lane; i < pooled.size(row); i += 32)
+                params.omitted_mass_estimate[first + i] = refines ? log_sum : fminf(sum, 1.0f);
         }
     }
 
-    // Turns the estimates, logs of pooled sums R over blocks outside the walked ones, into shares.
+    // Turns the estimates, logs of pooled sums R over blocks outside the scan tile's walk, into
+    // shares.
     __device__ __forceinline__ void estimate_refined(const PooledRows& pooled, UnitLevel level,
                                                      const EligibleBlocks& eligible,
                                                      BlockSet walked, BlockSet listed,
@@ -202,8 +206,9 @@ struct TileSelection {
     }
 
     // The scan's list, of `width` blocks.
-    __device__ BlockSet scan(const EligibleBlocks& eligible, int32_t* list, int64_t width) {
-        const PooledRows pooled(tile, kScanPool);
+    __device__ BlockSet scan(int32_t* list, int64_t width) {
+        const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+        const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
         const BlockSet reachable = {
             nullptr, block_select::reachable_blocks(params.problem.ranges(), tile.span())};
@@ -234,8 +239,44 @@ struct TileSelection {
         return taken;
     }
 
-    __device__ void refine(const EligibleBlocks& eligible, BlockSet shortlist, int32_t* list) {
-        const PooledRows pooled(tile, kRefinementPool);
+    __device__ void make_list() {
+        BlockSet taken =
+            scan(params.block_indices + tile.tile_index * params.max_blocks, params.max_blocks);
+        if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+    }
+
+    // Of a scan tile.
+    __device__ void make_shortlist() {
+        const int64_t blocks = num_blocks(params.problem.kv_len);
+        BlockSet taken =
+            scan(scratch.shortlist, min_i64(shortlist_width(params.max_blocks), blocks));
+        if (threadIdx.x == 0) smem.shortlisted = taken.count;
+    }
+
+    // What the tile may list of the shortlist, into scratch.eligible.
+    __device__ BlockSet eligible_of(BlockSet shortlist, const EligibleBlocks& eligible) {
+        if (threadIdx.x < 32) {
+            int count = 0;
+            for (int first = 0; first < shortlist.count; first += 32) {
+                const int i = first + lane.lane;
+                const bool take = i < shortlist.count && eligible.contains(shortlist.at(i));
+                const unsigned takers = __ballot_sync(0xffffffffu, take);
+                if (take)
+                    scratch.eligible[count + __popc(takers & block_select::lanes_before())] =
+                        shortlist.at(i);
+                count += __popc(takers);
+            }
+            if (lane.lane == 0) smem.count = count;
+        }
+        return {scratch.eligible, shared_count()};
+    }
+
+    // The tile's list, from the shortlist.
+    __device__ void refine() {
+        const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+        const BlockSet shortlist = eligible_of({scratch.shortlist, smem.shortlisted}, eligible);
+        int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
+        const PooledRows pooled = PooledRows::of_refinement(tile);
         const ScoringLevels levels = kRefinementLevels;
         const int keep = static_cast<int>(min_i64(params.max_blocks, eligible.count()));
         const bool scores = eligible.count() > params.max_blocks;
@@ -258,29 +299,36 @@ struct TileSelection {
 template <class T>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     block_select_kernel(const __grid_constant__ BlockSelectParams params,
-                        const __grid_constant__ int64_t num_tiles) {
+                        const __grid_constant__ int64_t num_scan_tiles) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<SelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
     const int dim = summary_dim(params.selector, static_cast<int>(problem.head_dim));
     const int64_t blocks = num_blocks(problem.kv_len);
-    for (int64_t index = blockIdx.x; index < num_tiles; index += gridDim.x) {
-        __syncthreads();  // everyone is done with the previous tile
-        const device::TileRows tile = device::TileRows::from_index(problem, index);
-        const EligibleBlocks eligible(problem.ranges(), tile.span());
-        const int64_t head = tile.batch * problem.kv_heads + tile.kv_head;
-        const T* summaries = static_cast<const T*>(params.summaries) +
-                             head * summary_rows(params.selector, problem.kv_len) * dim;
-        TileSelection<T> selection{params, smem, tile, Scratch(params.workspace, blocks),
-                                   UnitSweep<T>{smem, params, tile, summaries, dim}};
-        int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
-        if (params.selector == Selector::kBlock) {
-            int64_t width = min_i64(shortlist_width(params.max_blocks), blocks);
-            BlockSet shortlist = selection.scan(eligible, selection.scratch.shortlist, width);
-            selection.refine(eligible, shortlist, list);
-        } else {
-            BlockSet taken = selection.scan(eligible, list, params.max_blocks);
-            if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+    const bool refines = params.selector == Selector::kBlock;
+    const int tiles = refines ? scan_tiles(params.selector, problem.kv_len) : 0;
+    for (int64_t index = blockIdx.x; index < num_scan_tiles; index += gridDim.x) {
+        // First the scan tile, then the tiles that its shortlist is for.
+        for (int step = 0; step <= tiles; ++step) {
+            __syncthreads();  // everyone is done with the previous tile
+            device::TileRows tile = device::TileRows::from_index(
+                problem, index, scan_positions(params.selector, problem.group(), problem.kv_len));
+            const int64_t head = tile.flat_kv_head(problem);
+            if (step > 0) {
+                const int64_t first = tile.first_query / tile_positions(problem.group());
+                tile = device::TileRows(problem, head, first + step - 1);
+                if (tile.first_query >= problem.query_len) break;
+            }
+            const T* summaries = static_cast<const T*>(params.summaries) +
+                                 head * summary_rows(params.selector, problem.kv_len) * dim;
+            TileSelection<T> selection{params, smem, tile, Scratch(params.workspace, blocks),
+                                       UnitSweep<T>{smem, params, tile, summaries, dim}};
+            if (step > 0)
+                selection.refine();
+            else if (refines)
+                selection.make_shortlist();
+            else
+                selection.make_list();
         }
     }
 }
@@ -294,12 +342,11 @@ int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int s
 }
 
 Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context) {
-    const Problem& p = params.problem;
-    int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
-    return with_element_type(p.dtype, [&](auto tag) {
+    return with_element_type(params.problem.dtype, [&](auto tag) {
         return launch(simt::block_select_kernel<typename decltype(tag)::type>, "block_select_simt",
                       {simt::select_ctas(params, context.sm_count)}, simt::kThreads,
-                      simt::select_smem_bytes(params), context, params, tiles);
+                      simt::select_smem_bytes(params), context, params,
+                      simt::all_scan_tiles(params));
     });
 }
 

@@ -24,6 +24,7 @@ struct alignas(16) SelectSmem {
     int64_t position[kCtaRows];  // of the rows in `queries`; kNoPosition where there is none
     float norm[kTileRows];       // natural log of a row's softmax sum; +inf: it has no masses
     int count;                   // of what one warp or thread found for all
+    int shortlisted;             // blocks of the scan tile's shortlist
     // The rows follow: [kCtaRows][summary_dim] float.
     __device__ float* queries() { return reinterpret_cast<float*>(this + 1); }
 };

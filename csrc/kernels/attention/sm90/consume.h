@@ -48,18 +48,18 @@ class Consumer {
         ptx::wgmma_wait<0>();
         ptx::pin_registers(scores[0]);
         release_scored(step);
-        mask(scores, step, tile);
+        mask_blocks(scores, step, tile);
         softmax.raise(scores, scale_log2_, rescale);  // nothing to rescale yet
         softmax.weigh(scores, scale_log2_);
         pack(weights, scores);
         release_out();
-        while (!step.last) {
+        auto turn = [&](auto weigh_in) {
             step = start_scores(scores);
             start_values(out, weights);
             ptx::wgmma_wait<1>();
             ptx::pin_registers(scores[0]);
             release_scored(step);
-            mask(scores, step, tile);
+            weigh_in();
             bool raised = softmax.raise(scores, scale_log2_, rescale);
             softmax.weigh(scores, scale_log2_);
             ptx::wgmma_wait<0>();
@@ -67,7 +67,13 @@ class Consumer {
             release_values();
             if (raised) device::scale_rows(out, rescale);
             pack(weights, scores);
-        }
+        };
+        // The far field's steps come last, in a loop of their own: that of blocks has no registers
+        // to spare.
+        while (!step.last && !(Traits::kFar && step.far_next))
+            turn([&] { mask_blocks(scores, step, tile); });
+        if constexpr (Traits::kFar)
+            while (!step.last) turn([&] { add_far_bias(scores, step); });
         start_values(out, weights);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out[0]);
@@ -146,26 +152,18 @@ class Consumer {
         v_ring_.advance();
     }
 
-    // Drops the scores that do not count, and turns the others' signs to the weights'.
-    __device__ void mask(Scores& scores, const Step& step, const device::TileRows& tile) const {
-        if (!Traits::kFar || !step.far) mask_blocks(scores, step, tile);
-        if (params_.problem.scale < 0.0f) device::negate(scores);
-        if (Traits::kFar && step.far) add_far_bias(scores, step);
-    }
-
     // A pooled row counts as many keys as it stands for.
     __device__ void add_far_bias(Scores& scores, const Step& step) const {
-        if constexpr (Traits::kFar) {
-            const float* bias = smem_.far_bias + step.block[0] + 2 * (lane() & 3);
+        if (params_.problem.scale < 0.0f) device::negate(scores);
+        const float* bias = smem_.far_bias + step.block[0] + 2 * (lane() & 3);
 #pragma unroll
-            for (int n = 0; n < Traits::kNTiles; ++n)
+        for (int n = 0; n < Traits::kNTiles; ++n)
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    scores[0][n][e] = device::add_far_bias(scores[0][n][e], bias[8 * n + e % 2]);
-        }
+            for (int e = 0; e < 4; ++e)
+                scores[0][n][e] = device::add_far_bias(scores[0][n][e], bias[8 * n + e % 2]);
     }
 
-    // Drops the scores outside the rows' supports.
+    // Drops the scores outside the rows' supports, and turns the others' signs to the weights'.
     __device__ void mask_blocks(Scores& scores, const Step& step,
                                 const device::TileRows& tile) const {
 #pragma unroll
@@ -187,6 +185,7 @@ class Consumer {
                             scores[0][8 * j + n][2 * half + e] = -INFINITY;
             }
         }
+        if (params_.problem.scale < 0.0f) device::negate(scores);
     }
 
     // Weights in the A layout, rounded to the values' type.

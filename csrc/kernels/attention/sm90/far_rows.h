@@ -44,7 +44,9 @@ class FarRows {
 
   private:
     static constexpr int kThreads = 32 * kFarWarps;
-    using Channels = device::WideChannels<T, Traits::kDim / 32>;  // of a lane
+    // Half of a warp's lanes own a key row's channels, the others the value row's.
+    static constexpr int kRowLanes = 16;
+    using Channels = device::WideChannels<T, Traits::kDim / kRowLanes>;  // of a lane
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
@@ -52,7 +54,7 @@ class FarRows {
 
     __device__ void record_walk(const device::TileRows& tile) {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // nobody reads the last tile's any more
-        if (thread_ == 0) smem_.walk.set(params_, tile);
+        if (thread_ < 32) smem_.walk.set_by_warp(params_, tile);
         ptx::named_barrier_sync(kFarThreads, kThreads);
     }
 
@@ -94,13 +96,13 @@ class FarRows {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // before that of changed rows
     }
 
-    // Makes changed key (`which` 0) or value rows, those with ordinals from..to - 1 of pools
-    // first..end - 1, and gives store(pool, ordinal, row) each lane's share of one. The warps take
-    // turns. Returns how many rows are changed.
+    // Makes changed rows, those with ordinals from..to - 1 of pools first..end - 1, and gives
+    // store(pool, ordinal, share) each lane's share of a key or value row. The warps take turns.
+    // Returns how many rows are changed.
     template <class Store>
-    __device__ __forceinline__ int for_rows(const device::FarTile& far, int which, int from, int to,
-                                            int first, int end, const Store& store) {
-        const Channels channels(params_, far, head_, which, thread_ & 31);
+    __device__ __forceinline__ int for_rows(const device::FarTile& far, int from, int to, int first,
+                                            int end, const Store& store) {
+        const Channels channels(params_, far, head_, row_half(), row_lane());
         return device::for_changed_pools(
             far, channels, walk(),
             [&](int pool, int ordinal) {
@@ -108,7 +110,7 @@ class FarRows {
                        pool >= first && pool < end;
             },
             [&](int pool, int ordinal, int keys, const float (&mean)[Channels::kElems]) {
-                if (which == 0 && (thread_ & 31) == 0)
+                if ((thread_ & 31) == 0)
                     smem_.far_bias[pool] = device::far_bias(keys, params_.problem.scale);
                 store(pool, ordinal, channels.round(mean));
             });
@@ -116,16 +118,15 @@ class FarRows {
 
     // Makes as many changed rows as fit where the output was. Returns how many are changed.
     __device__ int make_rows(const device::FarTile& far) {
-        int changed = 0;
-#pragma unroll 1
-        for (int which = 0; which < 2; ++which)
-            changed = for_rows(far, which, 0, Traits::kMadeRows, 0, kFarPools,
-                               [&](int pool, int ordinal, const Packed& row) {
-                                   made().pool[ordinal] = static_cast<uint8_t>(pool);
-                                   made_row(ordinal, which)[thread_ & 31] = row;
-                               });
-        return changed;
+        return for_rows(far, 0, Traits::kMadeRows, 0, kFarPools,
+                        [&](int pool, int ordinal, const Packed& share) {
+                            made().pool[ordinal] = static_cast<uint8_t>(pool);
+                            made_row(ordinal, row_half())[row_lane()] = share;
+                        });
     }
+
+    __device__ int row_half() const { return thread_ / kRowLanes % 2; }
+    __device__ int row_lane() const { return thread_ % kRowLanes; }
 
     __device__ auto& made() { return *reinterpret_cast<typename Traits::MadeRows*>(smem_.out); }
     __device__ Packed* made_row(int ordinal, int which) {
@@ -133,7 +134,7 @@ class FarRows {
     }
     // A lane's share of a row in its stage.
     __device__ Packed* staged(Panels& rows, int row) {
-        const int byte = (thread_ & 31) * static_cast<int>(sizeof(Packed));
+        const int byte = row_lane() * static_cast<int>(sizeof(Packed));
         char* panel = reinterpret_cast<char*>(rows[byte / 128]);
         return reinterpret_cast<Packed*>(panel + device::tile_offset<64>(row, byte % 128 / 16) +
                                          byte % 16);
@@ -144,19 +145,24 @@ class FarRows {
     __device__ void replace_rows(const device::FarTile& far, int which, int first, int changed,
                                  Panels& rows) {
         const int fit = min(changed, Traits::kMadeRows);
-        for (int ordinal = thread_ / 32; ordinal < fit; ordinal += kFarWarps) {
+        __syncwarp();  // each warp replaces the rows that it made, two at a time
+        for (int ordinal = thread_ / 32 + kFarWarps * row_half(); ordinal < fit;
+             ordinal += 2 * kFarWarps) {
             const int row = made().pool[ordinal] - first;
             if (row >= 0 && row < Traits::kStepKeys)
-                *staged(rows, row) = made_row(ordinal, which)[thread_ & 31];
+                *staged(rows, row) = made_row(ordinal, which)[row_lane()];
         }
         if (changed <= Traits::kMadeRows) return;
-        for_rows(far, which, Traits::kMadeRows, kFarPools, first, first + Traits::kStepKeys,
-                 [&](int pool, int, const Packed& row) { *staged(rows, pool - first) = row; });
+        for_rows(far, Traits::kMadeRows, kFarPools, first, first + Traits::kStepKeys,
+                 [&](int pool, int, const Packed& share) {
+                     if (row_half() == which) *staged(rows, pool - first) = share;
+                 });
     }
 
     // A weight of zero must not meet what lies behind the tile's pools.
     __device__ void clear_rows(int begin, Panels& rows) {
-        for (int row = max(begin, 0) + thread_ / 32; row < Traits::kStepKeys; row += kFarWarps)
+        for (int row = max(begin, 0) + thread_ / kRowLanes; row < Traits::kStepKeys;
+             row += kThreads / kRowLanes)
             *staged(rows, row) = Packed{};
     }
 

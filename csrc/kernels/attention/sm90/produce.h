@@ -45,7 +45,10 @@ class Producer {
             }
             last = block.block == INT_MAX;
             step.last = last && condensed == 0;
-            if constexpr (Traits::kFar) step.far = false;
+            if constexpr (Traits::kFar) {
+                step.far = false;
+                step.far_next = last && condensed > 0;
+            }
             load_step(tile, step);
         }
         if (condensed > 0) load_pools(tile, far.pools());

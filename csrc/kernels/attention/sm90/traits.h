@@ -14,8 +14,9 @@ struct Step {
                                 // of a far step, the first pool
     uint8_t full[kStepBlocks];  // every row attends every key
     uint8_t listed[kStepBlocks];
-    bool last;  // of the tile
-    bool far;   // pooled rows instead of blocks; set with the far field only
+    bool last;      // of the tile
+    bool far;       // pooled rows instead of blocks; set with the far field only, as is
+    bool far_next;  // are the next step's?
 };
 
 constexpr int kFarWarps = 3;  // of the producer's warpgroup: they make pooled rows
