@@ -405,8 +405,8 @@ CUDA = (
     Mutant(
         "cuda_hopper_mask_skipped",
         "kernels/attention/sm90/produce.h",
-        "                                             BlockCover::kFull;",
-        "                                             block_cover(ranges, span, block.block, true);",
+        "BlockCover::kFull;",
+        "block_cover(ranges, span, block.block, true);",
         TILES,
         "cuda",
     ),
