@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from condensate_ext.evaluate import covering, options, protocols, survival
@@ -29,11 +30,21 @@ from rich.console import Console
 
 from bench import report
 
-DECODE = [(selector, keys) for selector in ("block", "exact") for keys in (2048, 4096)]
-NEEDLES = [("block", 1024), ("block", 2048)]
-PREFILL = [("block", 2048)]
-OMITTED = [("block", 2048)]
-SURVIVAL = [("block", 4096)]
+
+class Case(NamedTuple):
+    selector: str
+    keys: int
+    far_field: bool = True  # else without one; `exact` has none
+
+
+DECODE = [
+    Case("block", 2048), Case("block", 2048, far_field=False), Case("block", 4096),
+    Case("exact", 2048), Case("exact", 4096),
+]  # fmt: skip
+NEEDLES = [Case("block", 1024), Case("block", 2048), Case("block", 2048, far_field=False)]
+PREFILL = [Case("block", 2048), Case("block", 2048, far_field=False)]
+OMITTED = [Case("block", 2048)]
+SURVIVAL = [Case("block", 4096)]
 
 DECODE_TOKENS = 512
 QUESTIONS = 12  # a document
@@ -49,8 +60,12 @@ class Run:
     def __init__(self, subject: Subject, chosen: argparse.Namespace) -> None:
         self.subject, self.chosen = subject, chosen
 
-    def policies(self, cases: list[tuple[str, int]]) -> list[Policy]:
-        return [options.make_policy(self.chosen, selector, keys) for selector, keys in cases]
+    def policies(self, cases: list[Case]) -> list[Policy]:
+        return [
+            options.make_policy(self.chosen, case.selector, case.keys)
+            | ({} if case.far_field else {"far_field": False})
+            for case in cases
+        ]
 
     def decode(self) -> list[Record]:
         return protocols.decode(self.subject, self.policies(DECODE), self.chosen.decode_tokens)

@@ -88,7 +88,6 @@ template <class T, int kElems_>
 struct WideChannels {
     static constexpr int kElems = kElems_;
     static constexpr int kPairs = kElems / 2;
-    static constexpr int kInFlight = 2;  // loads of a lane
     struct alignas(2 * kElems) Packed {
         uint32_t pair[kPairs];
     };
@@ -147,7 +146,7 @@ __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
     const int end = far.end_block(pool);
     while (true) {
         const int run_end = min(walked.block, end);
-#pragma unroll Channels::kInFlight
+#pragma unroll 4
         for (; block < run_end; ++block) channels.add(sum, block, far.block_keys(block));
         if (walked.block >= end) return keys;
         keys -= far.block_keys(block);

@@ -16,7 +16,6 @@ struct FarSmem {
 template <class T, int kDim>
 struct LaneChannels {
     static constexpr int kElems = kDim / 32;
-    static constexpr int kInFlight = 1;
     const T* block_means;
     const float* sums;  // of pool 0
     const T* means;

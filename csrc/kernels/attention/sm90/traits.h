@@ -60,7 +60,7 @@ struct AttentionTraits {
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Registers of a thread: what a CTA is launched with, then what the producer leaves over.
     static constexpr int kLaunchRegisters = 65536 / (kThreads * kCtasPerSm) / 8 * 8;
-    static constexpr int kProducerRegisters = kFar ? 88 : 24;
+    static constexpr int kProducerRegisters = kFar ? 56 : 24;
     static constexpr int kSpareRegisters = (kLaunchRegisters - kProducerRegisters) / kConsumers;
     static constexpr int kConsumerRegisters = (kLaunchRegisters + kSpareRegisters) / 8 * 8 < 240
                                                   ? (kLaunchRegisters + kSpareRegisters) / 8 * 8
