@@ -32,6 +32,12 @@ KNOWN_SPILLS = {
     ("sm_90", "block_scan_kernel", "Li128ELi8E"): 16,
     ("sm_80", "block_scan_kernel", "Li256ELi4E"): 32,
     ("sm_90", "block_scan_kernel", "Li256ELi4E"): 32,
+    # With the far field. Before sm_90a the rows are made by a function of its own; on sm_90a by
+    # warps that run on the registers which the consumers leave, and spill outside their loops.
+    ("sm_80", "attention_kernel", "Li128ELi2ELb0ELb1E"): 512,
+    ("sm_90", "attention_kernel", "Li128ELi2ELb0ELb1E"): 448,
+    ("sm_90a", "attention_kernel", "Li1ELb1E"): 960,
+    ("sm_90a", "attention_kernel", "Li2ELb1E"): 960,
 }
 
 
