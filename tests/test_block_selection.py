@@ -196,6 +196,23 @@ def test_tiles_that_share_a_scan(device, seed, changes):
         assert torch.equal(chosen[certain], expected[certain])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shared_scan_lists_for_a_tile_only_what_it_may(device, dtype):
+    """The hottest block lies in all windows of the first tile, and before one of the second's."""
+    blocks = 4097
+    case = Case(
+        device, 0, dtype, group=4, query_len=64, kv_len=blocks * 64, head_dim=16, window=191,
+        topk=5 * 64, selector="block",
+    )  # fmt: skip
+    query, key, _ = case.tensors()
+    query.abs_()
+    key[:, :, -3 * 64 : -2 * 64] = 4.0
+    scores, lists = _lists(case, query, key)
+    assert scores.eligible[:, -3].tolist() == [False, True]
+    chosen = selection.check_lists(scores, *lists, 5)
+    assert chosen[:, :, 1, -3].all() and not chosen[:, :, 0, -3].any()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_ties_in_a_shared_scan(device, seed, causal):
     """The last blocks tie above all others, of which the first fill the shortlist."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ RESULTS = ROOT / "bench" / "results"
 CARDS = ("nvidia-h200", "nvidia-h100")
 PROTOCOLS = {
     "decode": "decode, one query at a time",
-    "needles": "needles, asked in the last tile",
+    "needles": "needles within {distance:,} tokens, asked in the last tile",
     "prefill": "prefill through the policy, dense behind it",
     "omitted": "softmax mass left out",
     "survival": "greedy continuation",
@@ -120,16 +121,22 @@ def result(record: Record) -> list[str]:
 def selector(record: Record) -> str:
     """With what becomes of the rest, where that is not the operator's default."""
     dropped = record.get("far_field") is False and record["protocol"] != "omitted"
-    return record["selector"] + (", no far field" if dropped else "")
+    return str(record["selector"]) + (", no far field" if dropped else "")
 
 
-def fidelity_table(document: Record) -> str:
+def fidelity_rows(document: Record) -> list[list[str]]:
     rows = []
     for r in document["records"]:
         protocol = PROTOCOLS.get(r["protocol"], r["protocol"] + ", budget >= context")
+        protocol = protocol.format(distance=document["settings"]["needle_distance"])
         keys = "all" if r["keys"] is None else f"{r['keys']:,}"
         sample = f"{r['tokens']} in {r['documents']}"
         rows.append([protocol, selector(r), keys, *result(r), sample])
+    return rows
+
+
+def fidelity_table(document: Record, nearer: Record) -> str:
+    rows = fidelity_rows(document) + fidelity_rows(nearer)
     s = document["settings"]
     what = (
         f"`tiny-code-lm` (30 M parameters) on held-out source code, {s['context']:,} tokens of "
@@ -145,21 +152,28 @@ def fidelity_table(document: Record) -> str:
     return f"{caption(document, what)}\n\n{markdown(header, rows)}"
 
 
-TABLES = {"prefill": prefill_table, "fidelity": fidelity_table}
+# A table and the results that it is made of: of needles nearer than the model's reach, too.
+TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "prefill": (prefill_table, ("prefill",)),
+    "fidelity": (fidelity_table, ("fidelity", "needles")),
+}
 
 
 def fill(text: str) -> str:
     """The README with every table made anew."""
-    for name, table in TABLES.items():
+    for name, (table, sources) in TABLES.items():
         begin, end = f"<!-- {name}: made by tools/readme_table.py -->", f"<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)
         if not found:
             raise SystemExit(f"README.md lacks the markers of table '{name}'")
-        paths = [path for card in CARDS if (path := RESULTS / card / f"{name}.json").exists()]
-        if paths:
-            document = json.loads(paths[0].read_text(encoding="utf-8"))
-            text = f"{head}{begin}\n{table(document)}\n{end}{tail}"
+        folders = [RESULTS / card for card in CARDS if (RESULTS / card / f"{name}.json").exists()]
+        if folders:
+            documents = [
+                json.loads((folders[0] / f"{source}.json").read_text(encoding="utf-8"))
+                for source in sources
+            ]
+            text = f"{head}{begin}\n{table(*documents)}\n{end}{tail}"
         else:
             print(f"no {name}.json in {RESULTS}: its table stays as it is", file=sys.stderr)
     return text
