@@ -135,8 +135,8 @@ def fidelity_rows(document: Record) -> list[list[str]]:
     return rows
 
 
-def fidelity_table(document: Record, nearer: Record) -> str:
-    rows = fidelity_rows(document) + fidelity_rows(nearer)
+def fidelity_table(document: Record, *more: Record) -> str:
+    rows = [row for d in (document, *more) for row in fidelity_rows(d)]
     s = document["settings"]
     what = (
         f"`tiny-code-lm` (30 M parameters) on held-out source code, {s['context']:,} tokens of "
