@@ -98,9 +98,7 @@ class TileAttention {
         const int64_t blocks = num_blocks(p_.kv_len);
         BlockRange anchors = anchor_blocks(ranges, span_);
         if (has_threshold())  // any visible key may have been selected
-            anchors = {0, p_.causal
-                              ? min_i64(blocks, ceil_div(max_i64(span_.last + 1, 0), kBlockKeys))
-                              : blocks};
+            anchors = {0, reachable_blocks(ranges, span_)};
         BlockWalk walk(anchors, window_blocks(ranges, span_));
         if (params_.block_indices != nullptr && params_.max_blocks > 0)
             walk.set_list(params_.block_indices + list_ * params_.max_blocks,

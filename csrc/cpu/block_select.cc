@@ -87,9 +87,7 @@ struct QueryTile {
         : begin(index * positions),
           end(min_i64(begin + positions, p.query_len)),
           span(tile_span(index, positions, p.query_len, p.kv_len)),
-          blocks(num_blocks(p.kv_len)) {
-        if (p.causal) blocks = min_i64(blocks, ceil_div(max_i64(span.last + 1, 0), kBlockKeys));
-    }
+          blocks(reachable_blocks(p.ranges(), span)) {}
 
     int64_t begin, end;
     TileSpan span;

@@ -23,8 +23,7 @@ class BlockWalk {
         if (count < 0 || count > width) errors = kErrorBlockCount;
         count_ = static_cast<int>(min_i64(max_i64(count, 0), width));
         num_blocks_ = static_cast<int>(num_blocks(ranges.kv_len));
-        int64_t end = ranges.causal ? min_i64(tile.last + 1, ranges.kv_len) : ranges.kv_len;
-        end_ = end > 0 ? static_cast<int>(ceil_div(end, kBlockKeys)) : 0;
+        end_ = reachable_blocks(ranges, tile);
         BlockRange anchors = anchor_blocks(ranges, tile), window = window_blocks(ranges, tile);
         anchors_end_ = static_cast<int>(anchors.end);
         window_begin_ = static_cast<int>(max_i64(window.begin, anchors.end));

@@ -7,12 +7,6 @@
 
 namespace condensate::device {
 
-// Blocks that hold a key some row of the tile sees.
-__device__ __forceinline__ int reached_blocks(const Ranges& r, TileSpan t) {
-    const int64_t keys = r.causal ? min_i64(t.last + 1, r.kv_len) : r.kv_len;
-    return keys > 0 ? static_cast<int>(ceil_div(keys, kBlockKeys)) : 0;
-}
-
 // Over anchors, window and the tile's list.
 __device__ __forceinline__ BlockWalk tile_walk(const AttentionParams& params,
                                                const TileRows& tile) {
@@ -50,15 +44,11 @@ struct WalkSmem {
     __device__ void set_by_warp(const AttentionParams& params, const TileRows& tile) {
         const Ranges ranges = params.problem.ranges();
         const TileSpan span = tile.span();
-        const BlockRange anchors = anchor_blocks(ranges, span),
-                         window = window_blocks(ranges, span);
-        const int anchors_end = static_cast<int>(anchors.end);
-        const int window_begin = static_cast<int>(max_i64(window.begin, anchors.end));
-        const int window_end = static_cast<int>(max_i64(window.end, window_begin));
-        int count = put_range(0, 0, anchors_end);
-        count = put_listed(count, params, tile, anchors_end, window_begin);
-        count = put_range(count, window_begin, window_end);
-        count = put_listed(count, params, tile, window_end, reached_blocks(ranges, span));
+        const RangeBlocks walked(ranges, span);
+        int count = put_range(0, 0, walked.anchors_end);
+        count = put_listed(count, params, tile, walked.anchors_end, walked.window_begin);
+        count = put_range(count, walked.window_begin, walked.window_end);
+        count = put_listed(count, params, tile, walked.window_end, reachable_blocks(ranges, span));
         if (count > kRecorded) {
             if ((threadIdx.x & 31) == 0) set(params, tile);
         } else {

@@ -208,6 +208,27 @@ CONDENSATE_HOST_DEVICE BlockRange window_blocks(const Ranges& r, TileSpan t) {
     return {begin / kBlockKeys, end / kBlockKeys + 1};
 }
 
+// Blocks that hold a key some row of the tile sees.
+CONDENSATE_HOST_DEVICE int reachable_blocks(const Ranges& r, TileSpan t) {
+    int64_t keys = r.causal ? min_i64(t.last + 1, r.kv_len) : r.kv_len;
+    return keys > 0 ? static_cast<int>(ceil_div(keys, kBlockKeys)) : 0;
+}
+
+// Blocks of anchors and windows, which the attention walks whatever is listed.
+struct RangeBlocks {
+    int anchors_end, window_begin, window_end;  // [0, anchors_end) and [window_begin, window_end)
+
+    CONDENSATE_HOST_DEVICE RangeBlocks(const Ranges& r, TileSpan t) {
+        BlockRange window = window_blocks(r, t);
+        anchors_end = static_cast<int>(anchor_blocks(r, t).end);
+        window_begin = static_cast<int>(max_i64(window.begin, anchors_end));
+        window_end = static_cast<int>(max_i64(window.end, window_begin));
+    }
+    CONDENSATE_HOST_DEVICE bool contains(int block) const {
+        return block < anchors_end || (block >= window_begin && block < window_end);
+    }
+};
+
 // Keys (exact) or blocks (the other selectors) that the fullest row or tile could select from, at
 // most.
 CONDENSATE_HOST_DEVICE int64_t max_candidates(const Ranges& r, Selector selector) {

@@ -40,27 +40,6 @@ struct alignas(16) EligibleBlocks {
     }
 };
 
-// Blocks that hold a key some row of the tile sees.
-CONDENSATE_HOST_DEVICE int reachable_blocks(const Ranges& r, TileSpan t) {
-    int64_t keys = r.causal ? min_i64(t.last + 1, r.kv_len) : r.kv_len;
-    return keys > 0 ? static_cast<int>(ceil_div(keys, kBlockKeys)) : 0;
-}
-
-// Blocks of anchors and windows, which device::BlockWalk visits whatever is listed.
-struct RangeBlocks {
-    int anchors_end, window_begin, window_end;  // [0, anchors_end) and [window_begin, window_end)
-
-    CONDENSATE_HOST_DEVICE RangeBlocks(const Ranges& r, TileSpan t) {
-        BlockRange window = window_blocks(r, t);
-        anchors_end = static_cast<int>(anchor_blocks(r, t).end);
-        window_begin = static_cast<int>(max_i64(window.begin, anchors_end));
-        window_end = static_cast<int>(max_i64(window.end, window_begin));
-    }
-    CONDENSATE_HOST_DEVICE bool contains(int block) const {
-        return block < anchors_end || (block >= window_begin && block < window_end);
-    }
-};
-
 // What a tile may list of its scan tile's shortlist: the entries that are eligible for it too.
 // Those that are not come after all that are (they lie past the tile), or lie in its windows.
 struct TileShortlist {

@@ -66,19 +66,14 @@ struct TileSelection {
         __syncwarp();
     }
 
-    // Sum over the lanes of a block of what they hold of a row's softmax sum.
-    __device__ __forceinline__ float block_mass(float score, int row, int per_block) const {
+    // Sum over the lanes of a block of what they hold of a row's softmax sum, or the hottest's.
+    __device__ __forceinline__ float block_mass(float score, int row, int per_block,
+                                                bool hottest = false) const {
         float mass = expf(score - smem.norm[row]);
-        for (int offset = 1; offset < per_block; offset *= 2)
-            mass += __shfl_xor_sync(0xffffffffu, mass, offset);
-        return block_select::finite_mass(mass);
-    }
-
-    // The hottest unit's.
-    __device__ __forceinline__ float hottest_mass(float score, int row, int per_block) const {
-        float mass = expf(score - smem.norm[row]);
-        for (int offset = 1; offset < per_block; offset *= 2)
-            mass = fmaxf(mass, __shfl_xor_sync(0xffffffffu, mass, offset));
+        for (int offset = 1; offset < per_block; offset *= 2) {
+            const float other = __shfl_xor_sync(0xffffffffu, mass, offset);
+            mass = hottest ? fmaxf(mass, other) : mass + other;
+        }
         return block_select::finite_mass(mass);
     }
 
@@ -90,8 +85,7 @@ struct TileSelection {
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
                 const int row = first_row + lane.row(r);
-                largest = fmaxf(largest, hottest ? hottest_mass(score[r], row, level.per_block)
-                                                 : block_mass(score[r], row, level.per_block));
+                largest = fmaxf(largest, block_mass(score[r], row, level.per_block, hottest));
             }
             if (lane.lane % level.per_block == 0)
                 smem.warp_mass[lane.warp][lane.lane / level.per_block] = largest;
@@ -210,8 +204,8 @@ struct TileSelection {
         const EligibleBlocks eligible(params.problem.ranges(), tile.span());
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
-        const BlockSet reachable = {
-            nullptr, block_select::reachable_blocks(params.problem.ranges(), tile.span())};
+        const BlockSet reachable = {nullptr,
+                                    reachable_blocks(params.problem.ranges(), tile.span())};
         const BlockSet candidates = {scratch.eligible, eligible.count()};
         for (int i = threadIdx.x; i < candidates.count; i += kThreads)
             scratch.eligible[i] = eligible.at(i);
