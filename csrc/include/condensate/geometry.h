@@ -12,10 +12,7 @@ namespace condensate {
 constexpr int kBlockKeys = 64;  // keys of a selected block
 constexpr int kTileRows = 128;  // rows (positions x query heads of one KV head) of a tile, at most
 constexpr int kMaxTilePositions = 64;  // positions of a tile, at most
-// Consecutive positions whose queries are averaged for scoring, at most: by the scan of all blocks
-// and by the refinement of its shortlist. Powers of two.
-constexpr int kScanPool = 8;
-constexpr int kRefinementPool = 2;
+constexpr int kQueryPool = 8;          // consecutive positions whose queries are averaged, at most
 constexpr int64_t kScanKeys = 262144;  // up to so many every tile has a scan of its own
 constexpr int kMaxScanTiles = 8;       // tiles that share a scan, at most
 constexpr int kMaxGroup = 64;          // query heads per KV head, at most
@@ -34,9 +31,9 @@ CONDENSATE_HOST_DEVICE int tile_positions(int group) {
 }
 
 // Queries averaged into one pooled query; a tile always holds whole pools.
-CONDENSATE_HOST_DEVICE int pool_size(int group, int most) {
+CONDENSATE_HOST_DEVICE int pool_size(int group) {
     int positions = tile_positions(group);
-    return positions < most ? positions : most;
+    return positions < kQueryPool ? positions : kQueryPool;
 }
 
 CONDENSATE_HOST_DEVICE int64_t num_tiles(int64_t query_len, int group) {
@@ -46,20 +43,19 @@ CONDENSATE_HOST_DEVICE int64_t num_blocks(int64_t kv_len) { return ceil_div(kv_l
 
 // Summaries. A block of keys is described by summary rows, all of a block side by side, so that a
 // growing cache only appends. A row is a unit: the mean of a short run of keys (quest: its bounds).
-// `block` holds units of three sizes: 16 of 4 keys, then 4 of 16, then 1 of 64.
+// `block` holds units of two sizes: 8 of 8 keys, then 1 of 64.
 struct UnitLevel {
     int keys;       // that a unit describes
     int per_block;  // units of a block
     int first_row;  // of these units among the block's rows
 };
-constexpr UnitLevel kFineUnits = {4, 16, 0};
-constexpr UnitLevel kMiddleUnits = {16, 4, 16};
-constexpr UnitLevel kCoarseUnits = {64, 1, 20};
+constexpr UnitLevel kShortUnits = {8, 8, 0};
+constexpr UnitLevel kCoarseUnits = {64, 1, 8};
 constexpr UnitLevel kQuestUnits = {16, 4, 0};
 constexpr UnitLevel kMeanUnits = {64, 1, 0};
 
 CONDENSATE_HOST_DEVICE int rows_per_block(Selector selector) {
-    return selector == Selector::kBlock ? 21 : selector == Selector::kQuest ? 4 : 1;
+    return selector == Selector::kBlock ? 9 : selector == Selector::kQuest ? 4 : 1;
 }
 CONDENSATE_HOST_DEVICE int64_t summary_rows(Selector selector, int64_t kv_len) {
     return num_blocks(kv_len) * rows_per_block(selector);  // units past kv_len are zero
@@ -74,8 +70,7 @@ CONDENSATE_HOST_DEVICE int summary_dim(Selector selector, int head_dim) {
 }
 
 // The scan scores pooled queries against every visible unit: masses of `mass` units, in units of
-// the softmax sum over `norm` units. For `block` it makes a shortlist, which the refinement scores
-// again query by query, masses of fine units by the sum over middle ones; otherwise the list.
+// the softmax sum over `norm` units.
 struct ScoringLevels {
     UnitLevel norm;
     UnitLevel mass;
@@ -83,9 +78,13 @@ struct ScoringLevels {
 CONDENSATE_HOST_DEVICE ScoringLevels scan_levels(Selector selector) {
     if (selector == Selector::kQuest) return {kQuestUnits, kQuestUnits};
     if (selector == Selector::kMean) return {kMeanUnits, kMeanUnits};
-    return {kCoarseUnits, kMiddleUnits};
+    return {kCoarseUnits, kShortUnits};
 }
-constexpr ScoringLevels kRefinementLevels = {kMiddleUnits, kFineUnits};
+
+// Whole blocks of a budget in keys, at most `most`.
+CONDENSATE_HOST_DEVICE int64_t budget_blocks(int64_t keys, int64_t most) {
+    return min_i64(max_i64(keys, 0) / kBlockKeys, most);
+}
 
 // Blocks of a shortlist, at most, for lists of at most `max_blocks`.
 CONDENSATE_HOST_DEVICE int64_t shortlist_width(int64_t max_blocks) {
@@ -94,8 +93,7 @@ CONDENSATE_HOST_DEVICE int64_t shortlist_width(int64_t max_blocks) {
 
 // A scan tile is as many consecutive tiles as share one scan and its shortlist: twice as many
 // whenever the keys have doubled, so that the scans of a long context are linear in its length.
-// It has the pooled queries of one tile, of so many times the positions. Where the scan makes the
-// list it is one tile.
+// It has the pooled queries of one tile, of so many times the positions.
 CONDENSATE_HOST_DEVICE int scan_tiles(Selector selector, int64_t kv_len) {
     int tiles = 1;
     while (selector == Selector::kBlock && tiles < kMaxScanTiles && kv_len > tiles * kScanKeys)
@@ -106,12 +104,26 @@ CONDENSATE_HOST_DEVICE int scan_positions(Selector selector, int group, int64_t 
     return scan_tiles(selector, kv_len) * tile_positions(group);
 }
 CONDENSATE_HOST_DEVICE int scan_pool_size(Selector selector, int group, int64_t kv_len) {
-    return scan_tiles(selector, kv_len) * pool_size(group, kScanPool);
+    return scan_tiles(selector, kv_len) * pool_size(group);
 }
 CONDENSATE_HOST_DEVICE int64_t num_scan_tiles(Selector selector, int64_t query_len, int group,
                                               int64_t kv_len) {
     return ceil_div(query_len, scan_positions(selector, group, kv_len));
 }
+
+// How a shortlist becomes a list: by another look at its blocks. kNone: the scan makes the list.
+enum class Refinement : int32_t {
+    kNone,
+    kUnits,  // at their short units, by the tile's own pooled queries: several tiles share the scan
+    kKeys,   // at their keys: a single query
+};
+CONDENSATE_HOST_DEVICE Refinement refinement_of(Selector selector, int64_t query_len,
+                                                int64_t kv_len, bool keys_given) {
+    if (selector != Selector::kBlock) return Refinement::kNone;
+    if (query_len == 1 && keys_given) return Refinement::kKeys;
+    return scan_tiles(selector, kv_len) > 1 ? Refinement::kUnits : Refinement::kNone;
+}
+
 // On either side of a tile's windows a scan tile has at most this many more eligible blocks than
 // the tile, so enough of a full shortlist is eligible for the tile to fill its list.
 constexpr int kMoreEligible = (kMaxScanTiles - 1) * kMaxTilePositions / kBlockKeys;

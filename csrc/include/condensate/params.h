@@ -48,11 +48,22 @@ struct BlockSelectParams {
     Selector selector = Selector::kBlock;    // not kExact
     ConstTensor4 query;                      // [B, Hq, Lq, D]
     const void* summaries = nullptr;         // [B, Hkv, U, Ds] contiguous, dtype
+    ConstTensor4 key;                        // [B, Hkv, Lk, D], or none: refines a single query
     int64_t max_blocks = 0;                  // K: width of the lists, the budget in blocks
+    const int32_t* head_keys = nullptr;      // [Hkv] budgets in keys, each at most K blocks; or null
+    float top_p = 0.0f;                      // in (0, 1]: mass that lists must hold; 0: K blocks
     int32_t* block_indices = nullptr;        // [B, Hkv, T, K] ascending, -1 padded
     int32_t* block_counts = nullptr;         // [B, Hkv, T]
     float* omitted_mass_estimate = nullptr;  // [B, Hq, Lq] or null
     void* workspace = nullptr;               // block_select_workspace_bytes(); null where that is 0
+
+    // Budget in blocks of KV head `kv_head`.
+    CONDENSATE_HOST_DEVICE int64_t head_blocks(int64_t kv_head) const {
+        return head_keys ? budget_blocks(head_keys[kv_head], max_blocks) : max_blocks;
+    }
+    CONDENSATE_HOST_DEVICE Refinement refinement() const {
+        return refinement_of(selector, problem.query_len, problem.kv_len, key.data != nullptr);
+    }
 };
 
 // One mean row a block, rounded to dtype: row n of a head is the mean over keys of block n.
