@@ -20,16 +20,16 @@ struct Call {
     const char* op;
     const Tensor& query;
     Selector selector;
-    int64_t topk;
+    Budget budget;
     bool far_field;
     Executor executor;
     AttentionParams attention;
 };
 
 Call checked_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const Mask& mask, Selector selector, int64_t topk, bool far_field) {
+                  const Mask& mask, Selector selector, const Budget& budget, bool far_field) {
     const Argument q{op, "query", query}, k{op, "key", key}, v{op, "value", value};
-    Call call{op, query, selector, topk, far_field, {}, {}};
+    Call call{op, query, selector, budget, far_field, {}, {}};
     call.attention.query = view4(q);
     call.attention.key = view4(k);
     call.attention.value = view4(v);
@@ -79,7 +79,7 @@ void attend_selected_tokens(Call& call, const Details& details) {
     select.query = call.attention.query;
     select.key = call.attention.key;
     select.value = call.attention.value;
-    select.topk = call.topk;
+    select.topk = call.budget.topk;
     select.threshold = scratch.pointer<float>(threshold);
     select.tie_index = scratch.pointer<int32_t>(tie_index);
     // The estimate's memory first holds the log-sum-exp over all keys.
@@ -99,7 +99,8 @@ void attend_selected_blocks(Call& call, const Details& details) {
     select.problem = p;
     select.selector = call.selector;
     select.query = call.attention.query;
-    select.max_blocks = call.topk / kBlockKeys;
+    select.key = call.attention.key;
+    apply_budget(call.budget, {call.op, "query", call.query}, &select);
     const FarFieldStages far_field(p, /*makes_key_means=*/call.selector == Selector::kQuest);
 
     const int64_t tiles = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
@@ -152,30 +153,30 @@ void attend(Call& call, const Details& details) {
     // Before the composition changes ranges or sizes scratch by them.
     check_status(validate(call.attention));
     const Problem& p = call.attention.problem;
-    if (attends_everything(p.ranges(), p.query_len, call.topk, call.selector))
+    if (!call.budget.per_head &&
+        attends_everything(p.ranges(), p.query_len, call.budget.topk, call.selector))
         return attend_everything(call, details);
     if (call.selector == Selector::kExact) return attend_selected_tokens(call, details);
     return attend_selected_blocks(call, details);
 }
 
 Call policy_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
-                 const Mask& mask, int64_t topk, const std::optional<double>& top_p,
-                 const std::optional<bool>& far_field, const std::string& selector_name) {
+                 const Mask& mask, const Budget& budget, const std::optional<bool>& far_field,
+                 const std::string& selector_name) {
     const Selector selector = parse_selector(op, selector_name);
-    check_available(op, top_p);
     const bool condenses = resolve_far_field(op, far_field, selector);
-    check_budget(op, topk, selector);
-    return checked_call(op, query, key, value, mask, selector, topk, condenses);
+    check_budget(op, budget, selector);
+    return checked_call(op, query, key, value, mask, selector, budget, condenses);
 }
 
 }  // namespace
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t window,
-                 int64_t anchors, int64_t topk, std::optional<double> top_p,
-                 std::optional<bool> far_field, std::string selector, bool causal,
-                 std::optional<double> scale) {
-    Call call = policy_call("attention", query, key, value, {window, anchors, causal, scale}, topk,
-                            top_p, far_field, selector);
+                 int64_t anchors, int64_t topk, std::optional<Tensor> topk_per_head,
+                 std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
+                 bool causal, std::optional<double> scale) {
+    Call call = policy_call("attention", query, key, value, {window, anchors, causal, scale},
+                            {topk, topk_per_head, top_p}, far_field, selector);
     Tensor out = allocate_out(call);
     attend(call, {});
     return out;
@@ -183,10 +184,11 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
-    int64_t topk, std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
-    bool causal, std::optional<double> scale) {
-    Call call = policy_call("attention_forward", query, key, value,
-                            {window, anchors, causal, scale}, topk, top_p, far_field, selector);
+    int64_t topk, std::optional<Tensor> topk_per_head, std::optional<double> top_p,
+    std::optional<bool> far_field, std::string selector, bool causal, std::optional<double> scale) {
+    Call call =
+        policy_call("attention_forward", query, key, value, {window, anchors, causal, scale},
+                    {topk, topk_per_head, top_p}, far_field, selector);
     Tensor out = allocate_out(call);
     Tensor lse = allocate_rows(call, ScalarType::Float);
     Tensor estimate = allocate_rows(call, ScalarType::Float);
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                                                   std::optional<double> scale) {
     const char* op = "block_sparse_attention";
     Call call = checked_call(op, query, key, value, {window, anchors, causal, scale},
-                             Selector::kBlock, 0, far_field);
+                             Selector::kBlock, Budget{}, far_field);
     const Problem& p = call.attention.problem;
     const int64_t tiles = num_tiles(p.query_len, p.group());
     if (block_indices.dim() != 4)

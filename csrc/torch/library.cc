@@ -8,18 +8,20 @@
 STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "attention(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
-        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool? far_field=None, "
-        "str selector=\"block\", bool causal=True, float? scale=None) -> Tensor");
+        "SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, float? top_p=None, "
+        "bool? far_field=None, str selector=\"block\", bool causal=True, float? scale=None) -> "
+        "Tensor");
     m.def(
         "attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
-        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, bool? far_field=None, "
-        "str selector=\"block\", bool causal=True, float? scale=None) "
+        "SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, float? top_p=None, "
+        "bool? far_field=None, str selector=\"block\", bool causal=True, float? scale=None) "
         "-> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
     m.def("block_summaries(Tensor key, *, str selector=\"block\") -> Tensor");
     m.def(
-        "select_blocks(Tensor query, Tensor summaries, *, SymInt kv_len, SymInt window=256, "
-        "SymInt anchors=64, SymInt topk=1728, float? top_p=None, str selector=\"block\", "
-        "bool causal=True, float? scale=None) -> (Tensor block_indices, Tensor block_counts)");
+        "select_blocks(Tensor query, Tensor summaries, Tensor? key=None, *, SymInt kv_len, "
+        "SymInt window=256, SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, "
+        "float? top_p=None, str selector=\"block\", bool causal=True, float? scale=None) "
+        "-> (Tensor block_indices, Tensor block_counts)");
     m.def(
         "select_tokens(Tensor query, Tensor key, *, SymInt window=256, SymInt anchors=64, "
         "SymInt topk=1728, bool causal=True, float? scale=None) "

@@ -1,4 +1,4 @@
-// Checks of what selects the keys: the budget, the far field, and what has no kernels yet.
+// Checks of what selects the keys: the budget and the far field.
 #pragma once
 
 #include <optional>
@@ -9,11 +9,37 @@
 
 namespace condensate::ops {
 
-inline void check_available(const char* op, const std::optional<double>& top_p) {
-    if (top_p.has_value())
-        fail(op, "top_p is " + std::to_string(*top_p) +
-                     ", but a mass threshold is not yet available; pass top_p=None and set the "
-                     "budget with topk.");
+// How many keys are selected: at most topk, by `topk_per_head` for each KV head, and by `top_p` no
+// more than hold so much mass.
+struct Budget {
+    int64_t topk = 0;
+    std::optional<Tensor> per_head;
+    std::optional<double> top_p;
+};
+
+inline void check_budget(const char* op, const Budget& budget, Selector selector) {
+    const Status status = validate_budget(budget.topk, selector);
+    if (!status.ok()) fail(op, status.message);
+    const char* lists =
+        " with selector=\"exact\", expected None there, as it cuts lists of blocks and \"exact\" "
+        "selects single keys; pass None, or selector=\"block\", \"quest\" or \"mean\".";
+    const bool exact = selector == Selector::kExact;
+    if (budget.top_p && !(*budget.top_p > 0.0 && *budget.top_p <= 1.0))
+        fail(op, "top_p is " + std::to_string(*budget.top_p) +
+                     ", expected a share of the softmax mass, 0 < top_p <= 1; pass None for lists "
+                     "of topk keys.");
+    if (budget.top_p && exact) fail(op, "top_p is " + std::to_string(*budget.top_p) + lists);
+    if (budget.per_head && exact) fail(op, std::string("topk_per_head is given") + lists);
+}
+
+// Fills in what a checked budget says about lists.
+inline void apply_budget(const Budget& budget, const Argument& query, BlockSelectParams* params) {
+    params->max_blocks = budget.topk / kBlockKeys;
+    params->top_p = budget.top_p ? static_cast<float>(*budget.top_p) : 0.0f;
+    if (!budget.per_head) return;
+    const Argument per_head{query.op, "topk_per_head", *budget.per_head};
+    check_contiguous(per_head, ScalarType::Int, query, {params->problem.kv_heads});
+    params->head_keys = static_cast<const int32_t*>(per_head.tensor.const_data_ptr());
 }
 
 // Condense what the lists leave out? By default where there are lists.
@@ -26,11 +52,6 @@ inline bool resolve_far_field(const char* op, const std::optional<bool>& far_fie
              "field condenses blocks and \"exact\" selects single keys; pass far_field=None, or "
              "selector=\"block\", \"quest\" or \"mean\".");
     return far_field.value_or(lists_blocks);
-}
-
-inline void check_budget(const char* op, int64_t topk, Selector selector) {
-    const Status status = validate_budget(topk, selector);
-    if (!status.ok()) fail(op, status.message);
 }
 
 }  // namespace condensate::ops

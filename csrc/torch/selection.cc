@@ -27,6 +27,19 @@ void check_summaries(const Argument& summaries, const Argument& query, const Pro
              "call summaries.contiguous() first.");
 }
 
+// The keys that `summaries` describe.
+ConstTensor4 view_key(const Argument& key, const Argument& query, const Problem& p) {
+    const ConstTensor4 view = view4(key);
+    check_same_type_and_device(key, query);
+    const Tensor& k = key.tensor;
+    if (k.size(0) != p.batch || k.size(1) != p.kv_heads || k.size(2) != p.kv_len ||
+        k.size(3) != p.head_dim)
+        fail(key.op, std::string(key.name) + " has shape " + shape_string(k) +
+                         ", expected [batch, kv_heads, kv_len, head_dim] as query, summaries and "
+                         "kv_len have them; pass the keys that were summarised.");
+    return view;
+}
+
 }  // namespace
 
 Tensor block_summaries(const Tensor& key, std::string selector) {
@@ -51,10 +64,11 @@ Tensor block_summaries(const Tensor& key, std::string selector) {
 }
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summaries,
-                                         int64_t kv_len, int64_t window, int64_t anchors,
-                                         int64_t topk, std::optional<double> top_p,
-                                         std::string selector, bool causal,
-                                         std::optional<double> scale) {
+                                         std::optional<Tensor> key, int64_t kv_len, int64_t window,
+                                         int64_t anchors, int64_t topk,
+                                         std::optional<Tensor> topk_per_head,
+                                         std::optional<double> top_p, std::string selector,
+                                         bool causal, std::optional<double> scale) {
     const char* op = "select_blocks";
     const Argument query_argument{op, "query", query}, summary_argument{op, "summaries", summaries};
     BlockSelectParams params;
@@ -63,8 +77,8 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
         fail(op,
              "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
              "single keys: use select_tokens.");
-    check_available(op, top_p);
-    check_budget(op, topk, params.selector);
+    const Budget budget{topk, topk_per_head, top_p};
+    check_budget(op, budget, params.selector);
     params.query = view4(query_argument);
     view4(summary_argument);
     Problem& problem = params.problem;
@@ -83,7 +97,8 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     check_summaries(summary_argument, query_argument, problem, params.selector);
 
     params.summaries = summaries.const_data_ptr();
-    params.max_blocks = topk / kBlockKeys;
+    if (key) params.key = view_key({op, "key", *key}, query_argument, problem);
+    apply_budget(budget, query_argument, &params);
     const int64_t tiles = num_tiles(problem.query_len, problem.group());
     Tensor indices = allocate(
         op, query, {problem.batch, problem.kv_heads, tiles, params.max_blocks}, ScalarType::Int);

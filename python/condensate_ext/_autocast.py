@@ -18,7 +18,7 @@ CAST_ARGUMENTS = {
     "attention": 3,
     "attention_forward": 3,
     "block_summaries": 1,
-    "select_blocks": 2,
+    "select_blocks": 3,
     "select_tokens": 2,
     "block_sparse_attention": 3,
     "omitted_mass": 2,

@@ -15,7 +15,7 @@ from torch import Tensor
 BLOCK_KEYS = 64
 TILE_ROWS = 128
 MAX_TILE_POSITIONS = 64
-ROWS_PER_BLOCK = {"block": 16 + 4 + 1, "quest": 4, "mean": 1}  # of the summaries
+ROWS_PER_BLOCK = {"block": 8 + 1, "quest": 4, "mean": 1}  # of the summaries
 
 
 def tile_positions(group: int) -> int:
@@ -71,7 +71,13 @@ def _block_summaries(key: Tensor, *, selector: str = "block") -> Tensor:
 
 
 def _select_blocks(
-    query: Tensor, summaries: Tensor, *, kv_len: int, topk: int = 1728, **_: object
+    query: Tensor,
+    summaries: Tensor,
+    key: Tensor | None = None,
+    *,
+    kv_len: int,
+    topk: int = 1728,
+    **_: object,
 ) -> tuple[Tensor, Tensor]:
     batch, query_heads, query_len, _head_dim = query.shape
     kv_heads = summaries.shape[1]

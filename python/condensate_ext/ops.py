@@ -47,6 +47,7 @@ def attention(
     window: int = 256,
     anchors: int = 64,
     topk: int = 1728,
+    topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     far_field: bool | None = None,
     selector: Selector = "block",
@@ -71,7 +72,11 @@ def attention(
             ``window`` away on both sides. 0 for none.
         anchors: first keys of the sequence, attended by every query that may see them. 0 for none.
         topk: keys selected beside them; for the block selectors a multiple of 64.
-        top_p: not yet available, must be None.
+        topk_per_head: ``[Hkv]`` int32 on the query's device, contiguous: keys for each KV head, at
+            most ``topk``, rounded down to whole blocks. For the block selectors.
+        top_p: softmax mass that a list must hold, in (0, 1]: the fewest blocks of largest estimated
+            mass that leave out at most ``1 - top_p`` of what ``topk`` keys would hold, so that lists
+            are short where few keys matter. None takes ``topk`` keys. For the block selectors.
         far_field: True condenses what is not attended, and attends the blocks of anchors, window
             and list as a whole, also keys outside a query's own window; False leaves it out. None
             is True for the selectors that list blocks and False for ``"exact"``, which has no far
@@ -98,6 +103,7 @@ def attention(
         window=window,
         anchors=anchors,
         topk=topk,
+        topk_per_head=topk_per_head,
         top_p=top_p,
         far_field=far_field,
         selector=selector,
@@ -115,6 +121,7 @@ def attention_forward(
     window: int = 256,
     anchors: int = 64,
     topk: int = 1728,
+    topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     far_field: bool | None = None,
     selector: Selector = "block",
@@ -150,6 +157,7 @@ def attention_forward(
         window=window,
         anchors=anchors,
         topk=topk,
+        topk_per_head=topk_per_head,
         top_p=top_p,
         far_field=far_field,
         selector=selector,
@@ -164,13 +172,13 @@ def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor
 
     Args:
         key: ``[B, Hkv, Lk, D]``, with positions already encoded.
-        selector: ``"block"`` keeps the mean of every 4, every 16 and every 64 keys, ``"quest"`` the
+        selector: ``"block"`` keeps the mean of every 8 and of every 64 keys, ``"quest"`` the
             elementwise maximum and minimum of every 16, ``"mean"`` the mean of every 64.
 
     Returns:
-        ``[B, Hkv, U, Ds]`` in the key's dtype, with ``U = ceil(Lk / 64) * (21, 4 or 1)`` and
+        ``[B, Hkv, U, Ds]`` in the key's dtype, with ``U = ceil(Lk / 64) * (9, 4 or 1)`` and
         ``Ds = D``, or ``2 * D`` (maximum, then minimum) for ``"quest"``. The rows of a block are
-        side by side; for ``"block"`` its 16 means of 4 keys, 4 of 16, then the one of 64.
+        side by side; for ``"block"`` its 8 means of 8 keys, then the one of 64.
 
     Raises:
         ValueError: an argument is invalid.
@@ -184,11 +192,13 @@ def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor
 def select_blocks(
     query: Tensor,
     summaries: Tensor,
+    key: Tensor | None = None,
     *,
     kv_len: int,
     window: int = 256,
     anchors: int = 64,
     topk: int = 1728,
+    topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     selector: BlockSelector = "block",
     causal: bool = True,
@@ -197,19 +207,23 @@ def select_blocks(
     """Picks, for every tile of queries, the 64-key blocks of largest estimated softmax mass.
 
     A tile is ``P`` consecutive queries of all ``G = Hq / Hkv`` heads of one KV head; ``P`` is the
-    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. ``"block"``
-    scans all blocks with averaged queries, then ranks a shortlist of ``max(64, 2 * K)`` of them by
-    every query of the tile. Ties go to the lower block. The result does not depend on what else is
-    in the batch.
+    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Blocks
+    are scored by averaged queries of up to 8 positions; past 262,144 keys, and for a single query
+    whose keys are given, ``"block"`` ranks a shortlist of ``max(64, 2 * K)`` blocks again. Ties go
+    to the lower block. The result does not depend on what else is in the batch.
 
     Args:
         query: ``[B, Hq, Lq, D]``.
         summaries: ``[B, Hkv, U, Ds]`` from :func:`block_summaries` with the same ``selector``.
+        key: ``[B, Hkv, Lk, D]``, the keys that were summarised, or None. With them ``"block"``
+            ranks the blocks of a single query (``Lq = 1``) by their keys; other calls do not read
+            them.
         kv_len: ``Lk``, the number of keys that were summarised.
         window: as for :func:`attention`; blocks that lie in it for every query are not listed.
         anchors: as for :func:`attention`; blocks of nothing but anchors are not listed.
         topk: budget in keys, a multiple of 64; a list has ``K = topk // 64`` places.
-        top_p: not yet available, must be None.
+        topk_per_head: as for :func:`attention`.
+        top_p: as for :func:`attention`.
         selector: what the summaries are.
         causal: as for :func:`attention`.
         scale: as for :func:`attention`; positive.
@@ -226,10 +240,12 @@ def select_blocks(
     indices, counts = torch.ops.condensate.select_blocks(
         query,
         summaries,
+        key,
         kv_len=kv_len,
         window=window,
         anchors=anchors,
         topk=topk,
+        topk_per_head=topk_per_head,
         top_p=top_p,
         selector=selector,
         causal=causal,
