@@ -22,7 +22,8 @@ from tests.testkit.definition import (
 FAULTS = (
     "window_edge", "anchor_edge", "diagonal", "alignment", "drop_one_key", "double_count",
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
-    "norm", "shortlist", "refinement", "head_budget", "short_list", "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
+    "norm", "shortlist", "refinement", "head_budget", "short_list",
+    "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
 )  # fmt: skip
 
 
