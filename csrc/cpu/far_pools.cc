@@ -20,10 +20,18 @@ void sum_pool(const FarPoolsParams& p, const TileOps& ops, int64_t item, Scratch
     const int64_t end = min_i64(begin + width, num_blocks(p.kv_len));
     const int dim = static_cast<int>(p.head_dim);
 
-    float* sums = p.sums + item * dim;
+    const int64_t running = far_pool_sums(p.kv_len);
+    float* sums = p.sums + item * running * dim;
     std::fill(sums, sums + dim, 0.0f);
-    for (int64_t block = begin; block < end; ++block)
-        add_block(ops, means, p.dtype, p.kv_len, head, block, dim, 1.0f, scratch.line, sums);
+    for (int64_t n = 0, block = begin; n < running; ++n) {
+        if (n > 0) {
+            std::copy(sums, sums + dim, sums + dim);
+            sums += dim;
+        }
+        const int64_t until = n + 1 < running ? min_i64(block + kFarSumBlocks, end) : end;
+        for (; block < until; ++block)
+            add_block(ops, means, p.dtype, p.kv_len, head, block, dim, 1.0f, scratch.line, sums);
+    }
     const float keys = static_cast<float>(min_i64(end * kBlockKeys, p.kv_len) - begin * kBlockKeys);
     for (int d = 0; d < dim; ++d) store_number(p.dtype, p.means, item * dim + d, sums[d] / keys);
 }

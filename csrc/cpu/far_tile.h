@@ -61,7 +61,9 @@ class FarTile {
     // A pool's blocks that lie below far_end, and the walked ones among them.
     struct Part {
         int64_t begin, end;
-        bool whole;  // no block of the pool lies at or above far_end
+        bool whole;      // no block of the pool lies at or above far_end
+        int64_t summed;  // blocks before it are in the running sum `sum`
+        int64_t sum;     // of the pool's, -1 for none
         WalkedBlocks walked;
         int64_t keys;  // of the blocks that are not walked
     };
@@ -69,7 +71,12 @@ class FarTile {
     Part part_of(int64_t pool) const {
         const int64_t begin = pool * width_;
         const int64_t pool_end = min_i64(begin + width_, num_blocks(p_.kv_len));
-        Part part{begin, min_i64(pool_end, far_end_), pool_end <= far_end_, {}, 0};
+        Part part{begin, min_i64(pool_end, far_end_), pool_end <= far_end_, pool_end, 0, {}, 0};
+        part.sum = far_pool_sums(p_.kv_len) - 1;
+        if (!part.whole) {
+            part.sum = (part.end - begin) / kFarSumBlocks - 1;
+            part.summed = begin + (part.sum + 1) * kFarSumBlocks;
+        }
         part.walked.begin = std::lower_bound(walked_.begin, walked_.end, begin);
         part.walked.end = std::lower_bound(part.walked.begin, walked_.end, part.end);
         part.keys = min_i64(part.end * kBlockKeys, p_.kv_len) - begin * kBlockKeys;
@@ -83,33 +90,40 @@ class FarTile {
                    float* row) {
         const int dim = static_cast<int>(p_.head_dim);
         const int64_t heads = p_.batch * p_.kv_heads;
-        const int64_t at = ((which * heads + head_) * num_far_pools(p_.kv_len) + pool) * dim;
+        const int64_t at = (which * heads + head_) * num_far_pools(p_.kv_len) + pool;
         if (part.whole && part.walked.begin == part.walked.end) {
-            const char* mean = static_cast<const char*>(far_.means) + at * dtype_bytes(p_.dtype);
+            const char* mean =
+                static_cast<const char*>(far_.means) + at * dim * dtype_bytes(p_.dtype);
             ops_.load_rows(p_.dtype, mean, 0, 1, dim, row, dim);
             return;
         }
-        if (!part.whole || !subtract_walked(means, far_.sums + at, part, row))
-            add_unwalked(means, part, row);
+        const int64_t sum = at * far_pool_sums(p_.kv_len) + part.sum;
+        int64_t added = part.summed;  // blocks before it are in `row`
+        if (part.sum < 0 || !subtract_walked(means, far_.sums + sum * dim, part, row)) {
+            std::fill(row, row + dim, 0.0f);
+            added = part.begin;
+        }
+        add_unwalked(means, part, added, row);
         for (int d = 0; d < dim; ++d)
             row[d] = round_to(p_.dtype, row[d] / static_cast<float>(part.keys));
     }
 
-    // The pool's sum without its walked blocks. False if that sum is not finite: what a walked
-    // block brought into it cannot be taken out again.
-    bool subtract_walked(const BlockMeans& means, const float* sums, const Part& part, float* row) {
+    // A running sum without its walked blocks. False if that sum is not finite: what a walked block
+    // brought into it cannot be taken out again.
+    bool subtract_walked(const BlockMeans& means, const float* sum, const Part& part, float* row) {
         const int dim = static_cast<int>(p_.head_dim);
-        if (!ops_.load_rows(DType::kFloat32, sums, 0, 1, dim, row, dim)) return false;
-        for (const int32_t* block = part.walked.begin; block != part.walked.end; ++block)
+        if (!ops_.load_rows(DType::kFloat32, sum, 0, 1, dim, row, dim)) return false;
+        for (const int32_t* block = part.walked.begin;
+             block != part.walked.end && *block < part.summed; ++block)
             add_block(ops_, means, p_.dtype, p_.kv_len, head_, *block, dim, -1.0f, line_, row);
         return true;
     }
 
-    void add_unwalked(const BlockMeans& means, const Part& part, float* row) {
+    // The blocks from `first` on.
+    void add_unwalked(const BlockMeans& means, const Part& part, int64_t first, float* row) {
         const int dim = static_cast<int>(p_.head_dim);
-        std::fill(row, row + dim, 0.0f);
-        const int32_t* walked = part.walked.begin;
-        for (int64_t block = part.begin; block < part.end; ++block) {
+        const int32_t* walked = std::lower_bound(part.walked.begin, part.walked.end, first);
+        for (int64_t block = first; block < part.end; ++block) {
             if (walked != part.walked.end && *walked == block)
                 ++walked;
             else

@@ -1,9 +1,10 @@
 // The far field's pooled rows: what a tile leaves of each pool. The pools that its walk visits no
 // block of, and that far_end does not cut, are the premade means; the others are made here.
 //
-// Arithmetic is float32. What is left of a pool is its sum less the walked blocks. Of the pool that
-// far_end cuts, and of channels where that difference is not finite, the condensed blocks are added
-// up instead: nothing of a later key may enter, and no infinity of a walked one.
+// Arithmetic is float32. What is left of a pool is its sum less the walked blocks. The pool that
+// far_end cuts starts from its last running sum below it, for nothing of a later key may enter.
+// Channels where the difference is not finite are added up block by block instead, so that no
+// infinity of a walked one enters.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +46,19 @@ struct FarTile : FarShape {
     __device__ int end_block(int pool) const { return min((pool + 1) << log2_pool, end); }
     __device__ bool is_cut(int pool) const { return end < min((pool + 1) << log2_pool, blocks); }
 
+    // Running sums of a pool, the one that a tile starts from, counted over all pools, and the end
+    // of the blocks that this one holds: first_block(pool) when there is none.
+    __device__ int pool_sums() const { return max((1 << log2_pool) / kFarSumBlocks, 1); }
+    __device__ int summed_end(int pool) const {
+        const int first = first_block(pool);
+        return is_cut(pool) ? first + (end - first) / kFarSumBlocks * kFarSumBlocks
+                            : end_block(pool);
+    }
+    __device__ int sum_row(int pool) const {
+        const int groups = (end - first_block(pool)) / kFarSumBlocks;
+        return pool * pool_sums() + (is_cut(pool) ? groups : pool_sums()) - 1;
+    }
+
     // Keys of blocks [first, last), of which there is at least one.
     __device__ int64_t keys(int first, int last) const {
         return int64_t{last - first} * kBlockKeys - (last == blocks ? missing : 0);
@@ -76,11 +90,11 @@ __device__ __forceinline__ float add_far_bias(float score, float bias) {
     return bias == -INFINITY ? bias : score + bias;  // also where the score is NaN
 }
 
-// Where a head's pools begin in FarPoolsParams' sums and means: `which` is 0 for keys, 1 for
-// values.
+// Where a head's pools begin in FarPoolsParams' means, of which there is one a pool, or in its
+// sums: `which` is 0 for keys, 1 for values.
 __device__ __forceinline__ int64_t far_pools_offset(const Problem& p, const FarTile& far, int which,
-                                                    int head) {
-    return (which * p.batch * p.kv_heads + head) * far.all_pools() * p.head_dim;
+                                                    int head, int rows_per_pool = 1) {
+    return (which * p.batch * p.kv_heads + head) * far.all_pools() * rows_per_pool * p.head_dim;
 }
 
 // kElems consecutive channels of a head's key or value means, read as one.
@@ -96,7 +110,7 @@ struct WideChannels {
     };
 
     const T* means;     // of block 0
-    const float* sums;  // of pool 0
+    const float* sums;  // running, of pool 0
     int stride_block;   // elements; a block's summaries are few
     int head_dim;
 
@@ -106,7 +120,8 @@ struct WideChannels {
         const BlockMeans& blocks = which == 0 ? params.far_field.key : params.far_field.value;
         means = static_cast<const T*>(blocks.data) + head * blocks.stride_head + part * kElems;
         stride_block = static_cast<int>(blocks.stride_block);
-        sums = params.far_field.sums + far_pools_offset(p, far, which, head) + part * kElems;
+        sums = params.far_field.sums + far_pools_offset(p, far, which, head, far.pool_sums()) +
+               part * kElems;
         head_dim = static_cast<int>(p.head_dim);
     }
 
@@ -120,10 +135,10 @@ struct WideChannels {
             sum[2 * i + 1] = fmaf(static_cast<float>(keys), pair.y, sum[2 * i + 1]);
         }
     }
-    __device__ __forceinline__ void load_sum(float (&sum)[kElems], int pool) const {
-        const Floats of_pool = *reinterpret_cast<const Floats*>(sums + int64_t{pool} * head_dim);
+    __device__ __forceinline__ void load_sum(float (&sum)[kElems], int row) const {
+        const Floats running = *reinterpret_cast<const Floats*>(sums + int64_t{row} * head_dim);
 #pragma unroll
-        for (int e = 0; e < kElems; ++e) sum[e] = of_pool.elem[e];
+        for (int e = 0; e < kElems; ++e) sum[e] = running.elem[e];
     }
     __device__ static Packed round(const float (&mean)[kElems]) {
         Packed packed;
@@ -133,42 +148,35 @@ struct WideChannels {
     }
 };
 
-// sum = the pool's blocks below far_end that are not walked, one by one. Returns their keys. The
-// walk passes the pool.
+// Adds the blocks [first, end) that are not walked, one by one. Returns the keys of those that are.
+// The walk, which stands at `first` or behind it, passes `end`.
 template <class Channels, class Walk>
 __device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
-                                             const Channels& channels, const FarTile& far, int pool,
-                                             Walk& walked) {
-#pragma unroll
-    for (int e = 0; e < Channels::kElems; ++e) sum[e] = 0.0f;
-    int keys = far.pool_keys(pool);
-    int block = far.first_block(pool);
-    const int end = far.end_block(pool);
-    while (true) {
+                                             const Channels& channels, const FarTile& far,
+                                             int first, int end, Walk& walked) {
+    int walked_keys = 0;
+    for (int block = first; true; ++block) {
         const int run_end = min(walked.block, end);
 #pragma unroll 4
         for (; block < run_end; ++block) channels.add(sum, block, far.block_keys(block));
-        if (walked.block >= end) return keys;
-        keys -= far.block_keys(block);
-        ++block;
+        if (walked.block >= end) return walked_keys;
+        walked_keys += far.block_keys(block);
         walked.next();
     }
 }
 
-// sum = the premade sum of a whole pool less the walked blocks. Returns the keys that are left. The
-// walk passes the pool.
+// Takes the walked blocks below `end` out of a sum. Returns their keys. The walk passes `end`.
 template <class Channels, class Walk>
 __device__ __forceinline__ int subtract_walked(float (&sum)[Channels::kElems],
                                                const Channels& channels, const FarTile& far,
-                                               int pool, Walk& walked) {
-    channels.load_sum(sum, pool);
-    int keys = far.pool_keys(pool);
-    for (; walked.block < far.end_block(pool); walked.next()) {
-        const int block_keys = far.block_keys(walked.block);
-        channels.add(sum, walked.block, -block_keys);
-        keys -= block_keys;
+                                               int end, Walk& walked) {
+    int walked_keys = 0;
+    for (; walked.block < end; walked.next()) {
+        const int keys = far.block_keys(walked.block);
+        channels.add(sum, walked.block, -keys);
+        walked_keys += keys;
     }
-    return keys;
+    return walked_keys;
 }
 
 template <int kElems>
@@ -185,14 +193,18 @@ template <class Channels, class Walk>
 __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
                                              Walk& walked) {
-    const bool cut = far.is_cut(pool);
-    int keys = cut ? add_condensed(mean, channels, far, pool, walked)
-                   : subtract_walked(mean, channels, far, pool, walked);
-    if (!cut && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
-        float added[Channels::kElems];
+    const int first = far.first_block(pool), end = far.end_block(pool);
+    const int summed = far.summed_end(pool);
+#pragma unroll
+    for (int e = 0; e < Channels::kElems; ++e) mean[e] = 0.0f;
+    if (summed > first) channels.load_sum(mean, far.sum_row(pool));
+    int keys = far.pool_keys(pool) - subtract_walked(mean, channels, far, summed, walked);
+    keys -= add_condensed(mean, channels, far, summed, end, walked);
+    if (summed > first && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
+        float added[Channels::kElems] = {};
         Walk again = walked.again();
-        again.skip_to(far.first_block(pool));
-        add_condensed(added, channels, far, pool, again);
+        again.skip_to(first);
+        add_condensed(added, channels, far, first, end, again);
 #pragma unroll
         for (int e = 0; e < Channels::kElems; ++e)
             mean[e] = fabsf(mean[e]) < INFINITY ? mean[e] : added[e];

@@ -181,6 +181,7 @@ Status check_far_field(const char* op, const AttentionParams& p) {
                            op);
     const int64_t heads = p.problem.batch * p.problem.kv_heads, dim = p.problem.head_dim;
     const int64_t blocks = heads * num_blocks(p.problem.kv_len);
+    const int64_t summed = 2 * heads * num_far_sums(p.problem.kv_len) * dim;
     const int64_t pooled = 2 * heads * num_far_pools(p.problem.kv_len) * dim;
     const FarField& far = p.far_field;
     Status status =
@@ -190,7 +191,7 @@ Status check_far_field(const char* op, const AttentionParams& p) {
                          dim);
     if (!status.ok()) return status;
     return check_pointers(
-        op, {{"far_field.sums", far.sums, pooled}, {"far_field.means", far.means, pooled}});
+        op, {{"far_field.sums", far.sums, summed}, {"far_field.means", far.means, pooled}});
 }
 
 }  // namespace
@@ -271,8 +272,9 @@ Status validate(const FarPoolsParams& p) {
     if (!status.ok()) return status;
     status = check_means(op, {"value", "value.stride_block"}, p.value, blocks, p.head_dim);
     if (!status.ok()) return status;
+    const int64_t summed = 2 * heads * num_far_sums(p.kv_len) * p.head_dim;
     const int64_t pooled = 2 * heads * num_far_pools(p.kv_len) * p.head_dim;
-    return check_pointers(op, {{"sums", p.sums, pooled}, {"means", p.means, pooled}});
+    return check_pointers(op, {{"sums", p.sums, summed}, {"means", p.means, pooled}});
 }
 
 Status validate(const AttentionParams& p) {

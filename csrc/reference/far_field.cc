@@ -65,19 +65,29 @@ void far_pools(const FarPoolsParams& params) {
     const int64_t width = far_pool_blocks(params.kv_len), pools = num_far_pools(params.kv_len);
     const int64_t heads = params.batch * params.kv_heads, blocks = num_blocks(params.kv_len);
     const std::vector<char> none_walked(static_cast<size_t>(blocks), 0);
-    int64_t at = 0;
+    const int64_t running = far_pool_sums(params.kv_len);
+    int64_t pool_at = 0;
     for (const BlockMeans* means : {&params.key, &params.value})
         for (int64_t head = 0; head < heads; ++head)
             for (int64_t pool = 0; pool < pools; ++pool) {
-                const std::vector<int64_t> pooled =
-                    unwalked(none_walked, pool * width, min_i64((pool + 1) * width, blocks));
-                const Acc keys = static_cast<Acc>(count_keys(params.kv_len, pooled));
-                for (int64_t d = 0; d < params.head_dim; ++d, ++at) {
-                    const Acc sum =
-                        sum_over_keys<Acc>(*means, params.dtype, params.kv_len, head, pooled, d);
-                    params.sums[at] = static_cast<float>(sum);
-                    store_number(params.dtype, params.means, at, static_cast<float>(sum / keys));
+                const int64_t first = pool * width, end = min_i64(first + width, blocks);
+                auto sum_until = [&](int64_t until, int64_t d) {
+                    return sum_over_keys<Acc>(*means, params.dtype, params.kv_len, head,
+                                              unwalked(none_walked, first, until), d);
+                };
+                const Acc keys =
+                    static_cast<Acc>(count_keys(params.kv_len, unwalked(none_walked, first, end)));
+                for (int64_t d = 0; d < params.head_dim; ++d) {
+                    for (int64_t n = 0; n < running; ++n) {
+                        const bool last = n + 1 == running;
+                        const int64_t until = last ? end : first + (n + 1) * kFarSumBlocks;
+                        params.sums[(pool_at * running + n) * params.head_dim + d] =
+                            static_cast<float>(sum_until(min_i64(until, end), d));
+                    }
+                    store_number(params.dtype, params.means, pool_at * params.head_dim + d,
+                                 static_cast<float>(sum_until(end, d) / keys));
                 }
+                ++pool_at;
             }
 }
 

@@ -19,12 +19,12 @@ FarFieldStages::FarFieldStages(const Problem& problem, bool makes_key_means)
     : problem_(problem), makes_key_means_(makes_key_means) {
     const int64_t mean_bytes =
         summary_elements(problem, Selector::kMean) * dtype_bytes(problem.dtype);
-    const int64_t pooled =
-        2 * problem.batch * problem.kv_heads * num_far_pools(problem.kv_len) * problem.head_dim;
+    const int64_t elements = 2 * problem.batch * problem.kv_heads * problem.head_dim;
     if (makes_key_means) key_means_ = layout_.reserve(mean_bytes);
     value_means_ = layout_.reserve(mean_bytes);
-    sums_ = layout_.reserve(pooled * static_cast<int64_t>(sizeof(float)));
-    means_ = layout_.reserve(pooled * dtype_bytes(problem.dtype));
+    sums_ = layout_.reserve(elements * num_far_sums(problem.kv_len) *
+                            static_cast<int64_t>(sizeof(float)));
+    means_ = layout_.reserve(elements * num_far_pools(problem.kv_len) * dtype_bytes(problem.dtype));
 }
 
 void FarFieldStages::run(void* memory, BlockMeans key_means, const Executor& executor,

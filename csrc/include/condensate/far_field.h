@@ -26,6 +26,16 @@ CONDENSATE_HOST_DEVICE int64_t num_far_pools(int64_t kv_len) {
     return ceil_div(num_blocks(kv_len), far_pool_blocks(kv_len));
 }
 
+// Running sums over the keys of a pool: after every kFarSumBlocks blocks of it, the last one the
+// whole pool's. A tile that cuts the pool starts from one of them.
+constexpr int kFarSumBlocks = 8;
+CONDENSATE_HOST_DEVICE int64_t far_pool_sums(int64_t kv_len) {
+    return max_i64(far_pool_blocks(kv_len) / kFarSumBlocks, 1);
+}
+CONDENSATE_HOST_DEVICE int64_t num_far_sums(int64_t kv_len) {
+    return num_far_pools(kv_len) * far_pool_sums(kv_len);
+}
+
 // Blocks [0, far_end) are seen in full by every row of the tile.
 CONDENSATE_HOST_DEVICE int64_t far_end(const Ranges& r, TileSpan t) {
     if (!r.causal) return num_blocks(r.kv_len);

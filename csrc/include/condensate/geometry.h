@@ -51,6 +51,7 @@ struct UnitLevel {
 };
 constexpr UnitLevel kShortUnits = {8, 8, 0};
 constexpr UnitLevel kCoarseUnits = {64, 1, 8};
+constexpr UnitLevel kSingleKeys = {1, kBlockKeys, 0};  // the keys themselves
 constexpr UnitLevel kQuestUnits = {16, 4, 0};
 constexpr UnitLevel kMeanUnits = {64, 1, 0};
 
@@ -122,6 +123,11 @@ CONDENSATE_HOST_DEVICE Refinement refinement_of(Selector selector, int64_t query
     if (selector != Selector::kBlock) return Refinement::kNone;
     if (query_len == 1 && keys_given) return Refinement::kKeys;
     return scan_tiles(selector, kv_len) > 1 ? Refinement::kUnits : Refinement::kNone;
+}
+// What a refinement adds up the weights of.
+CONDENSATE_HOST_DEVICE constexpr UnitLevel refinement_level(Refinement refinement) {
+    if (refinement == Refinement::kKeys) return kSingleKeys;
+    return kShortUnits;
 }
 
 // On either side of a tile's windows a scan tile has at most this many more eligible blocks than

@@ -1,7 +1,7 @@
 // One plain struct of parameters per stage: every pointer with its shape and who may leave it null.
 // B batch, Hq query heads, Hkv KV heads, G = Hq / Hkv, Lq queries, Lk keys, D head_dim,
 // T = num_tiles(Lq, G), U = summary_rows(selector, Lk), Ds = summary_dim(selector, D),
-// N = num_blocks(Lk), P = num_far_pools(Lk).
+// N = num_blocks(Lk), P = num_far_pools(Lk), R = num_far_sums(Lk).
 #pragma once
 
 #include <cstdint>
@@ -75,7 +75,7 @@ struct BlockMeans {
     CONDENSATE_HOST_DEVICE bool given() const { return data != nullptr; }
 };
 
-// Means of blocks -> pools of the far field, sums and means over whole pools.
+// Means of blocks -> pools of the far field, their running sums and means.
 struct FarPoolsParams {
     DType dtype = DType::kFloat32;
     int64_t batch = 0;
@@ -84,8 +84,8 @@ struct FarPoolsParams {
     int64_t head_dim = 0;
     BlockMeans key;         // coarse units of `block` summaries, or `mean` summaries of key
     BlockMeans value;       // `mean` summaries of value
-    float* sums = nullptr;  // [2 (key, value), B, Hkv, P, D] contiguous: over keys of the pool
-    void* means = nullptr;  // [2 (key, value), B, Hkv, P, D] contiguous, dtype: sums / keys
+    float* sums = nullptr;  // [2 (key, value), B, Hkv, R, D] contiguous: over keys, pool by pool
+    void* means = nullptr;  // [2 (key, value), B, Hkv, P, D] contiguous, dtype: of whole pools
 };
 
 // What attention needs for the far field; without key.data there is none.

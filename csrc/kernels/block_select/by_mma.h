@@ -12,7 +12,10 @@ Status scan_and_refine(const Call& call) {
     Status status = call.params.problem.group() <= 16
                         ? scan<ScanTraits<T, kDim, 8, Selector::kBlock>>(call)
                         : scan<ScanTraits<T, kDim, 4, Selector::kBlock>>(call);
-    if (status.ok()) status = refine<RefineTraits<T, kDim>>(call);
+    if (!status.ok() || !call.workspace.refines) return status;
+    status = call.params.refinement() == Refinement::kKeys
+                 ? refine<RefineTraits<T, kDim, /*kKeys=*/true>>(call)
+                 : refine<RefineTraits<T, kDim>>(call);
     return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
 

@@ -92,15 +92,17 @@ struct HeldRows {
         }
     }
 
-    // Keeps log2 of the softmax sum of each row; +inf, which makes every weight 0 or NaN, where
-    // that is not finite or there is no row.
-    __device__ __forceinline__ void normalise(device::OnlineSoftmax<kMTiles>& softmax) {
+    // Keeps log2 of the softmax sum of each row, `log2_factor` times as large; +inf, which makes
+    // every weight 0 or NaN, where that is not finite or there is no row.
+    __device__ __forceinline__ void normalise(device::OnlineSoftmax<kMTiles>& softmax,
+                                              float log2_factor = 0.0f) {
         softmax.reduce_sums();
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float log2_sum = softmax.reference[m][half] + log2f(softmax.row_sum[m][half]);
+                float log2_sum =
+                    softmax.reference[m][half] + log2f(softmax.row_sum[m][half]) + log2_factor;
                 bool finite = fabsf(log2_sum) <= FLT_MAX;  // false for NaN
                 bool exists = smem.position[row(m, half)] != kNoRow;
                 if ((threadIdx.x & 3) == 0)
@@ -173,11 +175,11 @@ __device__ __forceinline__ float max_with_lane(float x, int bit) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, bit));
 }
 
-// From what a lane has of blocks to the largest over the warp's rows. Afterwards lane l holds
-// blocks l and l + 32 (x[0] and x[8]) of 64, block l % 16 of 16, l % 4 of 4.
+// From what a lane has of blocks to the largest over the warp's rows, where its blocks are 4 v +
+// lane % 4. Afterwards lane l holds blocks l and l + 32 (x[0] and x[8]) of 64, else block l %
+// kCount of the 4 * kCount.
 template <int kCount>
 __device__ __forceinline__ void max_over_rows(float (&x)[kCount]) {
-    static_assert(kCount == 16 || kCount == 4 || kCount == 1, "1, 4 or 16 units a block");
     if constexpr (kCount == 16) {
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
@@ -190,13 +192,18 @@ __device__ __forceinline__ void max_over_rows(float (&x)[kCount]) {
         halve<2>(x, 4, Max{});
         x[0] = max_with_lane(x[0], 16);
     } else {
-        x[0] = max_with_lane(max_with_lane(max_with_lane(x[0], 16), 8), 4);
+        static_assert(kCount == 2 || kCount == 1, "1, 4, 8 or 64 units a block");
+        if constexpr (kCount == 2)
+            halve<2>(x, 4, Max{});
+        else
+            x[0] = max_with_lane(x[0], 4);
+        x[0] = max_with_lane(max_with_lane(x[0], 16), 8);
     }
 }
 
 // Scan: log2 of the weight of the hottest unit of the chunk's blocks over the warp's rows.
 // Afterwards lane l holds blocks l and l + 32 (the first two of the result) of 64, block l % 16 of
-// 16; of units in order, block l / 2 of 16.
+// 16, l % 8 of 8; of units in order, block l / 4 of 8.
 template <int kBlockUnits, class Traits>
 __device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
                                                 const typename HeldRows<Traits>::Scores& s,
@@ -213,11 +220,11 @@ __device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
         const float x = fmaf(score, scale_log2, -norm[m][half]);
         log2_weight[v] = m + half == 0 ? x : fmaxf(log2_weight[v], x);
     });
-    if constexpr (Traits::kWgmma) {  // the two halves of a block lie in neighbouring lanes
+    if constexpr (Layout::kInOrder) {  // four neighbouring lanes share each block
         halve<8>(log2_weight, 16, Max{});
         halve<4>(log2_weight, 8, Max{});
         halve<2>(log2_weight, 4, Max{});
-        log2_weight[0] = max_with_lane(log2_weight[0], 1);
+        log2_weight[0] = max_with_lane(max_with_lane(log2_weight[0], 1), 2);
     } else {
         max_over_rows(log2_weight);
     }
@@ -226,29 +233,31 @@ __device__ __forceinline__ float2 hottest_units(const HeldRows<Traits>& rows,
 }
 
 // Refinement: masses of the chunk's blocks, the largest over the warp's rows, from their weights;
-// lane l returns block l % 4.
-template <int kMTiles, int kNTiles>
-__device__ __forceinline__ float chunk_masses(const float (&s)[kMTiles][kNTiles][4]) {
-    static_assert(2 * kNTiles == kFineUnits.per_block, "a lane holds a block of each row");
-    float mass[1] = {0.0f};
-    for_each_block<kFineUnits.per_block, Sum>(
-        s, [&](int, int, int, float weight) { mass[0] = fmaxf(mass[0], weight); });
-    max_over_rows(mass);
-    return finite_mass(mass[0]);
-}
-// The same of units in order.
-template <int kNTiles>
-__device__ __forceinline__ float chunk_masses_in_order(const float (&s)[1][kNTiles][4]) {
-    using Layout = ChunkLayout<kFineUnits.per_block, true>;
-    float part[2][Layout::kLaneBlocks];
-    for_each_block<Layout::kLaneUnits, Sum>(
-        s, [&](int v, int, int half, float weight) { part[half][v] = weight; });
+// lane l returns that of block l % 8 of 8, or of the only one.
+template <int kBlockUnits, bool kWgmma, int kNTiles>
+__device__ __forceinline__ float chunk_masses(const float (&s)[1][kNTiles][4]) {
+    using Layout = ChunkLayout<kBlockUnits, kWgmma>;
+    constexpr int kLaneBlocks = Layout::kLaneBlocks;
+    float part[2][kLaneBlocks];
+    for_each_block<Layout::kLaneUnits, Sum>(s, [&](int v, int, int half, float weight) {
+        // Bits of v in the order in which lanes are told apart by them below.
+        part[half][kLaneBlocks == 8 ? v / 2 % 2 * 4 + v % 2 * 2 + v / 4 : v] = weight;
+    });
+    if constexpr (Layout::kInOrder) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        halve<4>(part[half], 2, Sum{});
-        halve<2>(part[half], 1, Sum{});
+        for (int half = 0; half < 2; ++half) {
+            if constexpr (kLaneBlocks == 8) {
+                halve<8>(part[half], 2, Sum{});
+                halve<4>(part[half], 1, Sum{});
+            } else {
+                part[half][0] = device::quad_sum(part[half][0]);
+            }
+        }
     }
-    float mass[1] = {fmaxf(fmaxf(part[0][0], part[1][0]), 0.0f)};
+    constexpr int kLeft = kLaneBlocks == 8 ? 2 : kLaneBlocks;
+    float mass[kLeft];
+#pragma unroll
+    for (int i = 0; i < kLeft; ++i) mass[i] = fmaxf(fmaxf(part[0][i], part[1][i]), 0.0f);
     max_over_rows(mass);
     return finite_mass(mass[0]);
 }

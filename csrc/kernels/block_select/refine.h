@@ -1,6 +1,6 @@
-// The refinement of shortlists. A persistent CTA takes a tile at a time, four warps of 16 of
-// its rows. One pass over the middle units of all walked blocks finds each row's softmax sum,
-// one over the fine units of the shortlist the masses; the largest are the list.
+// The refinement of shortlists. A persistent CTA takes a tile at a time. One pass over the short
+// units of all walked blocks finds each row's softmax sum, one over the units or keys of the
+// shortlist the masses; the largest are the list.
 #pragma once
 
 #include "kernels/block_select/refined_tile.h"
@@ -13,14 +13,15 @@ __device__ __forceinline__ void find_norm(RefinedTile<Traits>& tile) {
     constexpr int kMTiles = Traits::kMTiles;
     auto& smem = tile.smem;
     device::OnlineSoftmax<kMTiles> softmax;
-    tile.template sweep<kRefinementLevels.norm.per_block>(
-        kRefinementLevels.norm, smem.walked.size, [&](int i) { return smem.walked.at(i); },
+    tile.template sweep<kShortUnits.per_block>(
+        kShortUnits, smem.walked.size, [&](int i) { return smem.walked.at(i); },
         [&](typename RefinedTile<Traits>::Scores& s, int) {
             float rescale[kMTiles][2];
             softmax.raise(s, tile.scale_log2, rescale);
             softmax.weigh(s, tile.scale_log2);
         });
-    tile.rows.normalise(softmax);
+    // Against keys a unit counts as many times as it has keys.
+    tile.rows.normalise(softmax, Traits::kKeys ? log2f(kShortUnits.keys) : 0.0f);
 }
 
 // Of every entry of the shortlist, the largest over each warp's rows. The few that the tile may not
@@ -28,27 +29,26 @@ __device__ __forceinline__ void find_norm(RefinedTile<Traits>& tile) {
 template <class Traits>
 __device__ __forceinline__ void find_masses(RefinedTile<Traits>& tile, uint32_t* masses,
                                             int width) {
+    constexpr UnitLevel kLevel =
+        refinement_level(Traits::kKeys ? Refinement::kKeys : Refinement::kUnits);
+    constexpr int kBlocks = kChunkUnits / kLevel.per_block;
     const int lane = threadIdx.x & 31;
     auto& smem = tile.smem;
-    tile.template sweep<kRefinementLevels.mass.per_block>(
-        kRefinementLevels.mass, smem.shortlist.entries,
-        [&](int i) { return __ldg(smem.walked.list + i); },
+    tile.template sweep<kLevel.per_block>(
+        kLevel, smem.shortlist.entries, [&](int i) { return __ldg(smem.walked.list + i); },
         [&](typename RefinedTile<Traits>::Scores& s, int first) {
             tile.rows.weigh(s, tile.scale_log2);
-            float mass;
-            if constexpr (Traits::kWgmma)
-                mass = chunk_masses_in_order(s);
-            else
-                mass = chunk_masses(s);
-            if (lane < 4 && first + lane < smem.shortlist.entries)
+            const float mass = chunk_masses<kLevel.per_block, Traits::kWgmma>(s);
+            if (lane < kBlocks && first + lane < smem.shortlist.entries)
                 masses[threadIdx.x / 32 * width + first + lane] = __float_as_uint(mass);
         });
 }
 
 // The list, from the warps' masses of the shortlist; one warp calls it.
 template <class Traits>
-__device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t* histogram_smem,
-                                       uint32_t* masses, int width, int32_t* list, int keep) {
+__device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem,
+                                       const BlockSelectParams& params, uint32_t* histogram_smem,
+                                       uint32_t* masses, int width, int keep) {
     const int warps = (smem.pooled.rows + Traits::kWarpRows - 1) / Traits::kWarpRows;
     const TileShortlist shortlist = smem.shortlist;
     for (int first = 0; first < shortlist.count; first += 32) {
@@ -60,8 +60,11 @@ __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem, uint32_t
         if (i < shortlist.count) masses[i] = mass;
     }
     __syncwarp();
-    Threshold threshold = radix_threshold(masses, shortlist.count, keep, histogram_smem);
-    write_list(masses, shortlist, shortlist.count, threshold, list, nullptr);
+    const int64_t tile = smem.pooled.tile.tile_index;
+    const int count =
+        write_heaviest(masses, shortlist, shortlist.count, keep, params.top_p, histogram_smem,
+                       params.block_indices + tile * params.max_blocks, params.max_blocks);
+    if ((threadIdx.x & 31) == 0) params.block_counts[tile] = count;
 }
 
 // A tile without a choice: all eligible blocks are listed.
@@ -92,24 +95,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const PooledRows pooled =
-            PooledRows::of_refinement(device::TileRows::from_index(params.problem, index));
+            PooledRows::of_tile(device::TileRows::from_index(params.problem, index));
         const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
-        if (eligible.count() <= params.max_blocks) {
+        const int keep = static_cast<int>(params.head_blocks(pooled.tile.kv_head));
+        if (eligible.count() <= keep) {
             take_all(params, pooled, eligible);
             continue;
         }
-        const int keep = static_cast<int>(params.max_blocks);  // the shortlist has as many
-        if (threadIdx.x == 0) params.block_counts[pooled.tile.tile_index] = keep;
-        if (keep == 0) continue;
         RefinedTile<Traits> tile(smem, params, maps, streamed);
         tile.begin(pooled, eligible, shortlists);
         find_norm(tile);
         find_masses(tile, masses, width);
         // The other warps go on to load the next tile: its state in shared memory is thread 0's to
         // write, its masses come after barriers.
-        if (threadIdx.x < 32)
-            choose(smem, smem.histogram[0], masses, width,
-                   params.block_indices + smem.pooled.tile.tile_index * keep, keep);
+        if (threadIdx.x < 32) choose(smem, params, smem.histogram[0], masses, width, keep);
     }
 }
 

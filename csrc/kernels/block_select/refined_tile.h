@@ -1,4 +1,4 @@
-// The queries of a tile, pooled by two, against units of few blocks: what the refinement of
+// The pooled queries of a tile against units or keys of few blocks: what the refinement of
 // shortlists and its estimate share.
 #pragma once
 
@@ -30,8 +30,8 @@ struct RefinedSmem : Traits::Smem {
     EligibleBlocks eligible;
     WalkedBlocks walked;  // its list is the shortlist, whose entries in the windows it skips
     TileShortlist shortlist;
-    const typename Traits::T* summaries;  // of the KV head
-    int head;                             // of all batches
+    const typename Traits::T *summaries, *keys;  // of the KV head
+    int head;                                    // of all batches
 };
 
 // A CTA's work on one tile.
@@ -61,7 +61,7 @@ struct RefinedTile {
                                           const Shortlists& shortlists) {
         const Problem& problem = params.problem;
         const device::TileRows& tile = pooled.tile;
-        load_pooled_queries<Traits, kRefinementPool>(
+        load_pooled_queries<Traits, kQueryPool>(
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
         const int head = tile.flat_kv_head(problem);
@@ -77,6 +77,9 @@ struct RefinedTile {
             smem.summaries =
                 static_cast<const T*>(params.summaries) +
                 int64_t{head} * summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
+            if constexpr (Traits::kKeys)
+                smem.keys = static_cast<const T*>(params.key.data) +
+                            device::head_offset(params.key, tile.batch, tile.kv_head);
         }
         rows.hold([&](int row) {
             return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;
@@ -130,23 +133,38 @@ struct RefinedTile {
         return leading;
     }
 
+    // Where units lie: rows of the summaries, or the keys themselves.
+    struct UnitRows {
+        const T* first;     // of block 0
+        int64_t stride;     // elements, of a row
+        int64_t per_block;  // rows
+        int64_t count;      // units that exist
+    };
+    template <int kBlockUnits>
+    __device__ __forceinline__ UnitRows unit_rows(UnitLevel level) const {
+        const Problem& problem = params.problem;
+        if constexpr (kBlockUnits == kBlockKeys)
+            return {smem.keys, params.key.stride_seq, kBlockKeys, problem.kv_len};
+        return {smem.summaries + level.first_row * problem.head_dim, problem.head_dim,
+                rows_per_block(Selector::kBlock), num_blocks(problem.kv_len) * kBlockUnits};
+    }
+
     // Starts copying the units of the blocks that lanes 0, 1, ... name; zeros for -1.
     template <int kBlockUnits>
     __device__ __forceinline__ void gather(UnitLevel level, int blocks, int stage) {
         using Shape = CopyShape<Traits>;
-        const int dim = static_cast<int>(params.problem.head_dim);
-        const int stride = rows_per_block(Selector::kBlock) * dim;
-        const T* lane_gmem = smem.summaries + Shape::channel() +
-                             (level.first_row + Shape::unit() % kBlockUnits) * dim;
+        const UnitRows units = unit_rows<kBlockUnits>(level);
+        const bool has_channel = Shape::channel() < params.problem.head_dim;
         copy_chunk_async<Traits, kBlockUnits>(ptx::smem_address(smem.stages[stage]), [&](int pass) {
             // A pass holds whole blocks or lies in one.
             const int first_unit = pass * Shape::kPassUnits;
-            int block = __shfl_sync(0xffffffffu, blocks,
-                                    Shape::unit() / kBlockUnits + first_unit / kBlockUnits);
-            bool exists = block >= 0 && Shape::channel() < dim;
-            return UnitSource<T>{
-                lane_gmem + int64_t{max(block, 0)} * stride + first_unit % kBlockUnits * dim,
-                exists};
+            const int block = __shfl_sync(0xffffffffu, blocks,
+                                          Shape::unit() / kBlockUnits + first_unit / kBlockUnits);
+            const int unit = Shape::unit() % kBlockUnits + first_unit % kBlockUnits;
+            const bool exists =
+                block >= 0 && has_channel && int64_t{block} * kBlockUnits + unit < units.count;
+            const int64_t row = exists ? block * units.per_block + unit : 0;
+            return UnitSource<T>{units.first + row * units.stride + Shape::channel(), exists};
         });
     }
 
@@ -168,12 +186,10 @@ struct RefinedTile {
                 box += later;
                 if (box >= kBlocks * Traits::kPanels) return;
                 const int slot = box % kBlocks, panel = box / kBlocks;
-                const void* map =
-                    kBlockUnits == kFineUnits.per_block ? &maps.fine_block : &maps.middle_block;
                 ptx::tensor_load_4d(
-                    stage_smem + panel * Traits::kPanelBytes + slot * kBlockUnits * 128, map,
-                    landed_smem, panel * 64, level.first_row, block_of(step * kBlocks + slot),
-                    smem.head);
+                    stage_smem + panel * Traits::kPanelBytes + slot * kBlockUnits * 128,
+                    &maps.short_block, landed_smem, panel * 64, level.first_row,
+                    block_of(step * kBlocks + slot), smem.head);
             };
         } else {
             return [this, level, count, &block_at](int step, int stage) {

@@ -6,14 +6,15 @@
 
 #include "condensate/params.h"
 #include "kernels/block_select/eligible.h"
-#include "kernels/block_select/held_rows.h"
+#include "kernels/block_select/outside_share.h"
 #include "kernels/block_select/score_chunks.h"
 #include "kernels/block_select/top_blocks.h"
 
 namespace condensate::kernels::block_select {
 
-// What a scan makes: shortlists, or the result itself.
+// What a scan makes: shortlists, or the lists themselves.
 struct ScanOutput {
+    bool shortlists;
     int32_t* indices;  // [scan tiles of all heads, width]
     int32_t* counts;   // [scan tiles of all heads]
     int64_t width;
@@ -116,7 +117,7 @@ struct TileScan {
                 if ((threadIdx.x & 31) != 0) return;
                 const bool coarse = level.keys == kCoarseUnits.keys;
                 ptx::tensor_load_4d(stage_smem + panel * Traits::kPanelBytes,
-                                    coarse ? &maps.coarse_chunk : &maps.middle_chunk, landed_smem,
+                                    coarse ? &maps.coarse_chunk : &maps.short_chunk, landed_smem,
                                     panel * 64, level.first_row,
                                     step * (kChunkUnits / level.per_block), smem.head);
             };
@@ -149,19 +150,17 @@ struct TileScan {
 
     __device__ __forceinline__ void find_top(TopBlocks& top) {
         const int lane = threadIdx.x & 31;
-        float waiting = 0.0f;  // of units in order: the chunk before, which fills half the lanes
+        float waiting = 0.0f;  // of units in order: chunks fill a quarter of the lanes each
         sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
             constexpr int kBlocks = Layout::kBlocks;
             const float2 hottest = hottest_units<Traits::kBlockUnits>(rows, s, scale_log2);
-            if constexpr (Traits::kWgmma) {
-                const bool pair = first_block / kBlocks % 2;
-                if (!pair) {
-                    waiting = hottest.x;
-                    if (first_block + kBlocks < state().blocks) return;
-                }
-                const int block = first_block - pair * kBlocks + lane % 2 * kBlocks + lane / 2;
-                top.add((pair || lane % 2 == 0) & state().eligible.contains(block),
-                        mass_of(lane % 2 ? hottest.x : waiting), block);
+            if constexpr (Layout::kInOrder) {
+                const int quarter = first_block / kBlocks % 4;
+                if (lane % 4 == quarter) waiting = hottest.x;
+                if (quarter < 3 && first_block + kBlocks < state().blocks) return;
+                const int block = first_block + (lane % 4 - quarter) * kBlocks + lane / 4;
+                top.add((lane % 4 <= quarter) & state().eligible.contains(block), mass_of(waiting),
+                        block);
             } else {
                 const EligibleBlocks eligible = state().eligible;
                 const int block = first_block + lane;
@@ -173,29 +172,9 @@ struct TileScan {
         });
     }
 
-    // Adds up each row's weights in blocks for which neither `listed` nor `covers(block)` holds.
-    template <class Covers>
-    __device__ __forceinline__ void sum_outside(float (&outside)[kMTiles][2], ListCursor listed,
-                                                Covers&& covers) {
-        sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
-            rows.weigh(s, scale_log2);
-            const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
-            for_each_block<Layout::kLaneUnits, Sum>(s, [&](int v, int m, int half, float weight) {
-                int block = Layout::block(v);
-                bool counts = !(inside >> block & 1) && !covers(first_block + block);
-                outside[m][half] += counts ? finite_mass(weight) : 0.0f;
-            });
-        });
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                outside[m][half] = device::quad_sum(outside[m][half]);
-    }
-
-    // The estimate; for shortlists what the refinement turns into it, the log2 of the sum that was
-    // scored for blocks which it will not look at.
-    __device__ __forceinline__ void estimate(int list_count);
+    // The estimate; where shortlists are made what their refinement turns into it, the log2 of the
+    // sum outside the scan tile's walk.
+    __device__ __forceinline__ void estimate(const ScanOutput& output, int list_count);
 };
 
 // Writes a pooled row's value to the estimates of the queries of its pool.
@@ -219,20 +198,23 @@ __device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
 }
 
 template <class Traits>
-__device__ __forceinline__ void TileScan<Traits>::estimate(int list_count) {
-    const ListCursor listed{state().list, list_count};
-    float outside[kMTiles][2] = {};
-    if constexpr (Traits::kShortlists) {
-        const RangeBlocks walked(params.problem.ranges(), state().tile.span());
-        sum_outside(outside, listed, [&](int block) { return walked.contains(block); });
-    } else {
-        sum_outside(outside, listed, [&](int block) { return !state().eligible.contains(block); });
-    }
+__device__ __forceinline__ void TileScan<Traits>::estimate(const ScanOutput& output,
+                                                           int list_count) {
+    ListCursor listed{state().list, list_count};
+    const RangeBlocks ranges(params.problem.ranges(), state().tile.span());
+    OutsideShare<Traits> shares;
+    sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
+        const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
+        shares.template add<Layout>(s, scale_log2, [&](int v) {
+            const int block = Layout::block(v);
+            return !(inside >> block & 1) && !ranges.contains(first_block + block);
+        });
+    });
+    shares.reduce();
     if (state().blocks == 0) return;
     write_estimates<kMTiles>(params, state().tile, [&](int m, int half) {
-        float sum = outside[m][half];
-        if constexpr (!Traits::kShortlists) return fminf(sum, 1.0f);
-        return sum > 0.0f ? log2f(fminf(sum, FLT_MAX)) + smem.norm[rows.row(m, half)] : -INFINITY;
+        if (!output.shortlists) return shares.share(m, half);
+        return log2f(shares.outside[m][half]) + shares.reference(m, half);
     });
 }
 
@@ -246,7 +228,10 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
     const int lane = threadIdx.x & 31;
     const EligibleBlocks eligible(params.problem.ranges(), tile.span());
     int32_t* list = output.indices + tile.tile_index * output.width;
-    const bool scores = exists && eligible.count() > output.width;
+    const int keep =
+        static_cast<int>(output.shortlists ? output.width : params.head_blocks(tile.kv_head));
+    const bool chooses = exists && eligible.count() > keep;
+    const bool scores = chooses && (keep > 0 || params.omitted_mass_estimate);
     __syncwarp();  // nobody reads the previous tile's state any more
     if (lane == 0) {
         int64_t resident_warp = int64_t{blockIdx.x} * Traits::kWarps + threadIdx.x / 32;
@@ -256,18 +241,20 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
                                : output.candidates + resident_warp * 2 * output.capacity;
         state_smem = {tile,
                       eligible,
-                      {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity,
-                       static_cast<int>(output.width)},
+                      {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity, keep},
                       list,
                       scores ? reachable_blocks(params.problem.ranges(), tile.span()) : 0,
                       round};
     }
     __syncwarp();
     if (exists && !scores) {
-        write_all(eligible, list, output.width);
-        if (lane == 0) output.counts[tile.tile_index] = eligible.count();
+        if (chooses)
+            pad_list(list, 0, output.width);
+        else
+            write_all(eligible, list, output.width);
+        if (lane == 0) output.counts[tile.tile_index] = chooses ? 0 : eligible.count();
         if (params.omitted_mass_estimate) {
-            float nothing = Traits::kShortlists ? -INFINITY : 0.0f;
+            float nothing = output.shortlists ? -INFINITY : 0.0f;
             write_estimates<Traits::kMTiles>(params, tile, [&](int, int) { return nothing; });
         }
     }
@@ -320,10 +307,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const uint32_t rows_smem = ptx::smem_address(smem.stages);
-        if (!Traits::kShortlists || pooled.pool <= kScanPool)
-            load_pooled_queries<Traits, kScanPool>(rows_smem, params, pooled, 0);
-        else if constexpr (Traits::kShortlists)
-            load_pooled_queries<Traits, kScanPool, true>(rows_smem, params, pooled, 0);
+        constexpr bool kShares = Traits::kSelector == Selector::kBlock;
+        if (!kShares || pooled.pool <= kQueryPool)
+            load_pooled_queries<Traits, kQueryPool>(rows_smem, params, pooled, 0);
+        else if constexpr (kShares)
+            load_pooled_queries<Traits, kQueryPool, true>(rows_smem, params, pooled, 0);
         scan.rows.hold([&](int row) {
             row %= Traits::kWarpRows;
             return scores && row < pooled.rows ? static_cast<int>(pooled.last_position(row))
@@ -335,14 +323,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         scan.find_norm();
         int count = 0;
         if (output.width > 0) {
-            TopBlocks top(smem.tile[warp].window, smem.histogram[warp],
-                          Traits::kWgmma ? lanes_before_even_first() : lanes_before());
+            TopBlocks top(
+                smem.tile[warp].window, smem.histogram[warp],
+                TileScan<Traits>::Layout::kInOrder ? lanes_before_by_quad_lane() : lanes_before());
             scan.find_top(top);
-            if (scores) count = top.store(smem.tile[warp].list, output.width);
+            const float top_p = output.shortlists ? 0.0f : params.top_p;
+            if (scores) count = top.store(top_p, smem.tile[warp].list, output.width);
         }
         if (scores && (threadIdx.x & 31) == 0)
             output.counts[smem.tile[warp].tile.tile_index] = count;
-        if (params.omitted_mass_estimate) scan.estimate(count);
+        if (params.omitted_mass_estimate) scan.estimate(output, count);
     }
 }
 

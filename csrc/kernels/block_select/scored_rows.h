@@ -29,8 +29,8 @@ struct PooledRows {
                                          const device::TileRows& tile) {
         return PooledRows(tile, scan_pool_size(params.selector, tile.group, tile.kv_len));
     }
-    __device__ static PooledRows of_refinement(const device::TileRows& tile) {
-        return PooledRows(tile, pool_size(tile.group, kRefinementPool));
+    __device__ static PooledRows of_tile(const device::TileRows& tile) {
+        return PooledRows(tile, pool_size(tile.group));
     }
 
     __device__ int head_in_group(int row) const { return row * inverse >> 16; }

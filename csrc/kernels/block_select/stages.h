@@ -31,14 +31,15 @@ struct Call {
 template <class Traits>
 Status scan(const Call& call, const typename Traits::Maps& maps = {}) {
     const Workspace& w = call.workspace;
-    ScanOutput output = {call.params.block_indices,
+    ScanOutput output = {w.refines,
+                         call.params.block_indices,
                          call.params.block_counts,
                          w.width,
                          call.at<uint32_t>(w.scratch),
                          w.capacity,
                          static_cast<int>(scan_tiles_per_head(call.params)),
                          static_cast<int>(scan_items(call.params))};
-    if (Traits::kShortlists) {
+    if (w.refines) {
         output.indices = call.at<int32_t>(w.indices);
         output.counts = call.at<int32_t>(w.counts);
     }

@@ -94,6 +94,29 @@ __device__ inline int write_list(const uint32_t* masses, const Blocks& blocks, i
     return count;
 }
 
+// The threshold that drops the lightest of n masses for as long as those dropped add up to at most
+// `allowance`. The whole warp calls it.
+__device__ inline Threshold allowance_threshold(const uint32_t* masses, int n, float allowance) {
+    constexpr unsigned kAll = 0xffffffffu;
+    const int lane = threadIdx.x & 31;
+    auto sum_below = [&](uint32_t mass) {
+        float sum = 0.0f;
+        for (int i = lane; i < n; i += 32)
+            if (masses[i] < mass) sum += __uint_as_float(masses[i]);
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+        return sum;
+    };
+    uint32_t least = 0;  // the largest mass below which all are dropped
+    for (uint32_t bit = 1u << 30; bit > 0; bit /= 2)
+        if (sum_below(least | bit) <= allowance) least |= bit;
+    int equal = 0;
+    for (int first = 0; first < n; first += 32)
+        equal += __popc(__ballot_sync(kAll, first + lane < n && masses[first + lane] == least));
+    // Not all that are equal to it: they would exceed what is left.
+    const float left = (allowance - sum_below(least)) / __uint_as_float(max(least, 1u));
+    return {least, equal - min(static_cast<int>(left), equal)};
+}
+
 // Entries past the list's count are -1.
 __device__ inline void pad_list(int32_t* list, int count, int64_t width) {
     for (int64_t i = count + (threadIdx.x & 31); i < width; i += 32) list[i] = -1;
@@ -107,12 +130,33 @@ __device__ void write_all(const Blocks& eligible, int32_t* list, int64_t width) 
     pad_list(list, count, width);
 }
 
-// Bits of the lanes with a lower index, or whose blocks come first when even lanes' come before odd
-// ones'.
+// The list of the `keep` heaviest of n blocks, ascending, shorter where `top_p` lets it be; returns
+// its length. Overwrites the masses. The whole warp calls it.
+template <class Blocks>
+__device__ inline int write_heaviest(uint32_t* masses, const Blocks& blocks, int n, int keep,
+                                     float top_p, uint32_t* histogram_smem, int32_t* list,
+                                     int64_t width) {
+    Threshold threshold = {0, INT_MAX};  // takes all
+    if (keep == 0)
+        n = 0;
+    else if (n > keep)
+        threshold = radix_threshold(masses, n, keep, histogram_smem);
+    int count = write_list(masses, blocks, n, threshold, list, masses);
+    if (top_p > 0.0f) {
+        threshold = allowance_threshold(masses, count, 1.0f - top_p);
+        count = write_list(masses, list, count, threshold, list, nullptr);
+    }
+    pad_list(list, count, width);
+    return count;
+}
+
+// Bits of the lanes with a lower index, or whose blocks come first when those of lanes 0, 4, 8, ...
+// come before those of 1, 5, 9, ..., and so on.
 __device__ __forceinline__ unsigned lanes_before() { return (1u << (threadIdx.x & 31)) - 1; }
-__device__ __forceinline__ unsigned lanes_before_even_first() {
-    constexpr unsigned kEven = 0x55555555u;
-    return threadIdx.x & 1 ? kEven | (lanes_before() & ~kEven) : kEven & lanes_before();
+__device__ __forceinline__ unsigned lanes_before_by_quad_lane() {
+    constexpr unsigned kFirsts = 0x11111111u;
+    const unsigned t = threadIdx.x & 3;
+    return kFirsts * ((1u << t) - 1) | (kFirsts << t & lanes_before());
 }
 
 // The `keep` blocks of largest mass among those that come by in ascending order. Only a window of
@@ -132,14 +176,15 @@ struct TopBlocks {
     uint32_t* histogram_smem;
     unsigned lanes_before;  // whose blocks come before this lane's
     int count = 0;
-    uint32_t least = 0;  // mass that a later block needs
-    int next_shrink;     // when so many blocks have come by
+    uint32_t least;   // mass that a later block needs
+    int next_shrink;  // when so many blocks have come by
 
     __device__ TopBlocks(const Window& window, uint32_t* histogram_smem, unsigned lanes_before)
         : window(window),
           histogram_smem(histogram_smem),
           lanes_before(lanes_before),
-          next_shrink(3 * window.keep) {}
+          least(window.keep > 0 ? 0 : UINT_MAX),
+          next_shrink(window.keep > 0 ? 3 * window.keep : INT_MAX) {}
 
     CONDENSATE_HOST_DEVICE static int64_t capacity_for(int64_t keep) {
         return ceil_div(keep + max_i64(keep, 192), 32) * 32;
@@ -176,14 +221,11 @@ struct TopBlocks {
         least = threshold.mass + 1;  // later blocks lose ties
     }
 
-    __device__ int store(int32_t* list, int64_t width) {
+    __device__ int store(float top_p, int32_t* list, int64_t width) {
         const Window w = window;
-        __syncwarp();                        // what was added is written
-        Threshold threshold = {0, INT_MAX};  // takes all
-        if (count > w.keep) threshold = radix_threshold(w.masses, count, w.keep, histogram_smem);
-        int taken = write_list(w.masses, w.blocks, count, threshold, list, nullptr);
-        pad_list(list, taken, width);
-        return taken;
+        __syncwarp();  // what was added is written
+        return write_heaviest(w.masses, w.blocks, count, w.keep, top_p, histogram_smem, list,
+                              width);
     }
 };
 

@@ -68,17 +68,21 @@ struct RowTraits {
 template <class T, int kDim, int kWarps, Selector kSelector, bool kWgmma = false>
 struct ScanTraits : RowTraits<T, kDim, kWarps, 8 / kWarps, kDim <= 128 ? 4 : 2, kSelector, kWgmma> {
     static constexpr int kCtasPerSm = scan_ctas_per_sm(kDim);
-    static constexpr bool kShortlists = kSelector == Selector::kBlock;  // else it makes the lists
     // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
-    static constexpr int kBlockUnits =
-        kSelector == Selector::kMean ? kMeanUnits.per_block : kMiddleUnits.per_block;
+    static constexpr int kBlockUnits = kSelector == Selector::kBlock   ? kShortUnits.per_block
+                                       : kSelector == Selector::kQuest ? kQuestUnits.per_block
+                                                                       : kMeanUnits.per_block;
 };
 
-// Refinement: the CTA's rows are the pooled queries of one tile.
-template <class T, int kDim, bool kWgmma = false>
+// Refinement: the CTA's rows are the pooled queries of one tile. Masses are of short units or, by
+// mma.sync, of keys.
+template <class T, int kDim, bool kKeys_ = false, bool kWgmma = false>
 struct RefineTraits
     : RowTraits<T, kDim, kRefineWarps, 1, kDim <= 128 ? 3 : 2, Selector::kBlock, kWgmma> {
-    static constexpr int kCtasPerSm = refine_ctas_per_sm(kDim);
+    // Few tiles are refined by keys, whose places take registers.
+    static constexpr int kCtasPerSm = kKeys_ ? 2 : refine_ctas_per_sm(kDim);
+    static constexpr bool kKeys = kKeys_;
+    static_assert(!(kKeys && kWgmma), "the summaries alone have tensor maps");
 };
 
 }  // namespace condensate::kernels::block_select

@@ -14,27 +14,27 @@ namespace condensate::kernels::block_select {
 // A lane's accumulators of one row are columns 2 t and 2 t + 1 (t = lane % 4) of eight 8-column
 // tiles: 16 places, place p in tile p / 2. With cp.async, block b of the chunk goes to lane b % 4,
 // its units side by side, so that sums over a block need no shuffle; `row` only permutes the bits
-// of `unit`. The copy engine keeps units in order, and blocks are spread over lanes.
-template <int kBlockUnits, bool kInOrder>
+// of `unit`. The copy engine keeps units in order, and so do keys, of which a block fills a chunk:
+// the four lanes of a row share each block.
+template <int kBlockUnits, bool kByEngine>
 struct ChunkLayout {
+    static constexpr bool kInOrder = kByEngine || kBlockUnits == kBlockKeys;
     static constexpr int kBlocks = kChunkUnits / kBlockUnits;  // of a chunk
     // Blocks of which a lane holds units, and how many of each.
-    static constexpr int kLaneUnits = !kInOrder ? kBlockUnits : kBlockUnits == 16 ? 4 : 2;
+    static constexpr int kLaneUnits = kInOrder ? kBlockUnits / 4 : kBlockUnits;
     static constexpr int kLaneBlocks = 16 / kLaneUnits;
-    static_assert(!kInOrder || kBlockUnits == 16 || kBlockUnits == 4, "fine and middle units");
+    static_assert(!kInOrder || kBlockUnits % 8 == 0, "a block fills 8-column tiles");
 
     // Where unit `unit` of the chunk lies.
     CONDENSATE_HOST_DEVICE static int row(int unit) {
+        if constexpr (kInOrder) return unit;
         int block = unit / kBlockUnits;
         int place = block / 4 * kBlockUnits + unit % kBlockUnits;
         return place / 2 * 8 + block % 4 * 2 + place % 2;
     }
     // Block of the chunk whose units are places v * kLaneUnits and on of this lane.
     static __device__ __forceinline__ int block(int v) {
-        const int t = static_cast<int>(threadIdx.x & 3);
-        if constexpr (!kInOrder) return 4 * v + t;
-        if constexpr (kBlockUnits == 16) return v;
-        return 2 * v + t / 2;
+        return kInOrder ? v : 4 * v + static_cast<int>(threadIdx.x & 3);
     }
     // Unit of its block that a place of this lane holds.
     static __device__ __forceinline__ int unit_in_block(int place) {

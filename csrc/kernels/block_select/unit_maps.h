@@ -7,8 +7,8 @@
 namespace condensate::kernels::block_select {
 
 struct UnitMaps {
-    CUtensorMap coarse_chunk, middle_chunk;  // 64 units of consecutive blocks
-    CUtensorMap middle_block, fine_block;    // the units of one block
+    CUtensorMap coarse_chunk, short_chunk;  // 64 units of consecutive blocks
+    CUtensorMap short_block;                // the units of one block
 };
 struct NoMaps {};  // of kernels that load with cp.async
 

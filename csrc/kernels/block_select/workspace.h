@@ -29,20 +29,22 @@ inline int64_t refine_ctas(const BlockSelectParams& params, int sm_count) {
     return min_i64(all_tiles(params.problem), int64_t{sm_count} * refine_ctas_per_sm(dim));
 }
 
-// Offsets in bytes. `block`: shortlists and their counts; then the scan's candidates, which the
-// refinement's masses replace.
+// Offsets in bytes. Where shortlists are refined, they and their counts; then the scan's
+// candidates, which the refinement's masses replace.
 struct Workspace {
-    int64_t width;     // of what the scan makes; no list holds more blocks than there are
+    bool refines;
+    int64_t width;     // of what the scan makes; no shortlist holds more blocks than there are
     int64_t capacity;  // of a warp's window of candidates
     int64_t indices = 0, counts = 0, scratch = 0, bytes = 0;
 
     Workspace(const BlockSelectParams& params, int sm_count) {
         const Problem& p = params.problem;
         const int64_t blocks = num_blocks(p.kv_len);
-        const bool refines = params.selector == Selector::kBlock;
+        refines = params.refinement() != Refinement::kNone;
         width = refines ? min_i64(shortlist_width(params.max_blocks), blocks) : params.max_blocks;
-        // A list that can hold every block needs no candidates.
-        capacity = width < blocks ? TopBlocks::capacity_for(width) : 0;
+        // A list that takes every block needs no candidates.
+        const bool chooses = width < blocks || (params.head_keys && !refines);
+        capacity = chooses ? TopBlocks::capacity_for(width) : 0;
         constexpr int64_t kWord = 4;
         if (refines) {
             const int64_t shortlists = p.batch * p.kv_heads * scan_tiles_per_head(params);

@@ -89,8 +89,6 @@ __device__ void read_unit(Unit& unit, const T* channels, int64_t stride_seq, int
     }
 }
 
-constexpr int kLevelLoads = 8;  // in flight where a thread has a whole block before it
-
 struct SummaryGrid {
     int64_t units;  // of one head; of `block`, whole blocks
     uint32_t ctas_per_head;
@@ -129,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Means of three sizes of unit from one read of the keys. A thread owns its channels of a block.
+// Means of both sizes of unit from one read of the keys. A thread owns its channels of a block.
 template <class T, int kElems>
 __global__ void __launch_bounds__(kThreads, 2)
     block_levels_kernel(BlockSummaryParams params, SummaryGrid grid) {
@@ -147,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                    head / params.kv_heads * params.key.stride_batch +
                    head % params.kv_heads * params.key.stride_head +
                    block * kBlockKeys * stride_seq + chunk * kElems;
-    constexpr int kRows = 21;  // rows_per_block(kBlock)
+    constexpr int kRows = 9;  // rows_per_block(kBlock)
     Chunk* rows = static_cast<Chunk*>(params.summaries) +
                   (head * grid.units + block) * kRows * grid.chunks + chunk;
     const int keys = static_cast<int>(min_i64(params.kv_len - block * kBlockKeys, kBlockKeys));
@@ -166,34 +164,25 @@ __global__ void __launch_bounds__(kThreads, 2)
         rows[(level.first_row + unit) * grid.chunks] = mean;
     };
 
-    float coarse[kElems] = {}, middle[kElems] = {};
+    constexpr int kUnitKeys = kShortUnits.keys;
+    float coarse[kElems] = {};
 #pragma unroll 1
-    for (int first = 0; first < kBlockKeys; first += kLevelLoads) {
-        Chunk loaded[kLevelLoads];  // all in flight; keys that do not exist add nothing
+    for (int first = 0; first < kBlockKeys; first += kUnitKeys) {
+        Chunk loaded[kUnitKeys];  // all in flight; keys that do not exist add nothing
 #pragma unroll
-        for (int j = 0; j < kLevelLoads; ++j) {
+        for (int j = 0; j < kUnitKeys; ++j) {
             bool exists = first + j < keys;
             loaded[j] =
                 exists ? *reinterpret_cast<const Chunk*>(key + (first + j) * stride_seq) : Chunk{};
         }
+        float unit[kElems] = {};
 #pragma unroll
-        for (int fine_first = 0; fine_first < kLevelLoads; fine_first += kFineUnits.keys) {
-            float fine[kElems] = {};
+        for (int j = 0; j < kUnitKeys; ++j)
 #pragma unroll
-            for (int j = fine_first; j < fine_first + kFineUnits.keys; ++j)
+            for (int e = 0; e < kElems; ++e) unit[e] += to_float(loaded[j].elem[e]);
+        store(kShortUnits, first / kUnitKeys, unit);
 #pragma unroll
-                for (int e = 0; e < kElems; ++e) fine[e] += to_float(loaded[j].elem[e]);
-            store(kFineUnits, (first + fine_first) / kFineUnits.keys, fine);
-#pragma unroll
-            for (int e = 0; e < kElems; ++e) middle[e] += fine[e];
-        }
-        if ((first + kLevelLoads) % kMiddleUnits.keys != 0) continue;
-        store(kMiddleUnits, first / kMiddleUnits.keys, middle);
-#pragma unroll
-        for (int e = 0; e < kElems; ++e) {
-            coarse[e] += middle[e];
-            middle[e] = 0.0f;
-        }
+        for (int e = 0; e < kElems; ++e) coarse[e] += unit[e];
     }
     store(kCoarseUnits, 0, coarse);
 }

@@ -7,12 +7,12 @@ namespace condensate::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLoadsInFlight = 8;  // of one thread
 
 struct PoolGrid {
     int64_t threads;
     int64_t pools;        // of a head
     int64_t pool_blocks;  // of a pool
+    int64_t pool_sums;    // of a pool, running
     int chunks;           // threads that share a pool
 };
 
@@ -28,59 +28,53 @@ struct PoolThread {
           flat_pool(index / grid.chunks) {}
 };
 
-// sum += keys * mean for `blocks` blocks of full length.
-template <class T, int kElems>
+// sum += keys * mean of `blocks` consecutive blocks, at most kFarSumBlocks; all loads are in
+// flight. Blocks that are not there have no keys.
+template <class T, int kElems, class KeysOf>
 __device__ __forceinline__ void add_blocks(float (&sum)[kElems], const T* means, int64_t stride,
-                                           int64_t blocks) {
+                                           int blocks, KeysOf&& keys_of) {
     using Chunk = Vec<T, kElems>;
-    for (int64_t first = 0; first < blocks; first += kLoadsInFlight) {
-        Chunk loaded[kLoadsInFlight];  // blocks that do not exist add nothing
+    Chunk loaded[kFarSumBlocks];
 #pragma unroll
-        for (int j = 0; j < kLoadsInFlight; ++j)
-            loaded[j] = first + j < blocks
-                            ? *reinterpret_cast<const Chunk*>(means + (first + j) * stride)
-                            : Chunk{};
+    for (int j = 0; j < kFarSumBlocks; ++j)
+        loaded[j] = j < blocks ? *reinterpret_cast<const Chunk*>(means + j * stride) : Chunk{};
 #pragma unroll
-        for (int j = 0; j < kLoadsInFlight; ++j)
+    for (int j = 0; j < kFarSumBlocks; ++j) {
+        const float keys = static_cast<float>(keys_of(j));
 #pragma unroll
-            for (int e = 0; e < kElems; ++e)
-                sum[e] = fmaf(static_cast<float>(kBlockKeys), to_float(loaded[j].elem[e]), sum[e]);
+        for (int e = 0; e < kElems; ++e) sum[e] = fmaf(keys, to_float(loaded[j].elem[e]), sum[e]);
     }
 }
 
 template <class T, int kElems>
 __global__ void __launch_bounds__(kThreads) far_pools_kernel(FarPoolsParams params, PoolGrid grid) {
     using Chunk = Vec<T, kElems>;
+    using Sums = Vec<float, kElems>;
     const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (index >= grid.threads) return;
     const PoolThread t(index, grid, params.batch * params.kv_heads);
     const BlockMeans& blocks = t.which == 0 ? params.key : params.value;
     const int64_t begin = t.pool * grid.pool_blocks;
     const int64_t end = min_i64(begin + grid.pool_blocks, num_blocks(params.kv_len));
-    const int64_t full = min_i64(end, params.kv_len / kBlockKeys);  // the last one may be short
-    const T* means = static_cast<const T*>(blocks.data) + t.head * blocks.stride_head +
-                     begin * blocks.stride_block + t.chunk * kElems;
+    const T* means =
+        static_cast<const T*>(blocks.data) + t.head * blocks.stride_head + t.chunk * kElems;
+    Sums* sums =
+        reinterpret_cast<Sums*>(params.sums) + t.flat_pool * grid.pool_sums * grid.chunks + t.chunk;
 
-    float sum[kElems] = {};
-    add_blocks<T, kElems>(sum, means, blocks.stride_block, full - begin);
-    if (full < end) {
-        const Chunk last =
-            *reinterpret_cast<const Chunk*>(means + (full - begin) * blocks.stride_block);
-        const float keys = static_cast<float>(block_keys(params.kv_len, full));
-#pragma unroll
-        for (int e = 0; e < kElems; ++e) sum[e] = fmaf(keys, to_float(last.elem[e]), sum[e]);
+    Sums sum = {};
+    for (int64_t n = 0; n < grid.pool_sums; ++n) {
+        const int64_t first = begin + n * kFarSumBlocks;
+        const int count = static_cast<int>(max_i64(min_i64(end - first, kFarSumBlocks), 0));
+        add_blocks<T, kElems>(sum.elem, means + first * blocks.stride_block, blocks.stride_block,
+                              count, [&](int j) { return block_keys(params.kv_len, first + j); });
+        sums[n * grid.chunks] = sum;
     }
     const int64_t keys = min_i64(end * kBlockKeys, params.kv_len) - begin * kBlockKeys;
-    const int64_t at = t.flat_pool * grid.chunks + t.chunk;
     Chunk mean;
-    Vec<float, kElems> sums;
 #pragma unroll
-    for (int e = 0; e < kElems; ++e) {
-        sums.elem[e] = sum[e];
-        mean.elem[e] = from_float<T>(sum[e] / static_cast<float>(keys));
-    }
-    reinterpret_cast<Vec<float, kElems>*>(params.sums)[at] = sums;
-    static_cast<Chunk*>(params.means)[at] = mean;
+    for (int e = 0; e < kElems; ++e)
+        mean.elem[e] = from_float<T>(sum.elem[e] / static_cast<float>(keys));
+    static_cast<Chunk*>(params.means)[t.flat_pool * grid.chunks + t.chunk] = mean;
 }
 
 template <class T, int kElems>
@@ -88,6 +82,7 @@ Status launch_pools(const FarPoolsParams& params, const LaunchContext& context) 
     PoolGrid grid = {};
     grid.pools = num_far_pools(params.kv_len);
     grid.pool_blocks = far_pool_blocks(params.kv_len);
+    grid.pool_sums = far_pool_sums(params.kv_len);
     grid.chunks = static_cast<int>(params.head_dim / kElems);
     grid.threads = 2 * params.batch * params.kv_heads * grid.pools * grid.chunks;
     return launch(far_pools_kernel<T, kElems>, "far_pools", {ceil_div(grid.threads, kThreads)},

@@ -52,7 +52,8 @@ struct TileSelection {
     Lane lane = {};
 
     // Softmax sums of the warp's rows, which are rows first_row and on of the tile.
-    __device__ __forceinline__ void find_norm(UnitLevel level, BlockSet set, int first_row) {
+    __device__ __forceinline__ void find_norm(UnitLevel level, BlockSet set, int first_row,
+                                              float log_factor = 0.0f) {
         LaneSum sums[kWarpRows];
         units.sweep(level, set, [&](const float (&score)[kWarpRows], int) {
 #pragma unroll
@@ -60,40 +61,47 @@ struct TileSelection {
         });
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-            float lse = sums[r].over_warp().lse();
+            float lse = sums[r].over_warp().lse() + log_factor;
             if (lane.lane == 0) smem.norm[first_row + lane.row(r)] = isfinite(lse) ? lse : INFINITY;
         }
         __syncwarp();
     }
 
     // Sum over the lanes of a block of what they hold of a row's softmax sum, or the hottest's.
-    __device__ __forceinline__ float block_mass(float score, int row, int per_block,
-                                                bool hottest = false) const {
+    __device__ __forceinline__ float block_mass(float score, int row, int lanes,
+                                                bool hottest) const {
         float mass = expf(score - smem.norm[row]);
-        for (int offset = 1; offset < per_block; offset *= 2) {
+        for (int offset = 1; offset < lanes; offset *= 2) {
             const float other = __shfl_xor_sync(0xffffffffu, mass, offset);
             mass = hottest ? fmaxf(mass, other) : mass + other;
         }
-        return block_select::finite_mass(mass);
+        return mass;
     }
 
-    // scratch.masses[i]: of the set's i-th block, the largest over the rows so far.
+    // scratch.masses[i]: of the set's i-th block, the largest over the rows so far. The keys of a
+    // block pass by in two halves.
     __device__ __forceinline__ void find_masses(UnitLevel level, BlockSet set, int first_row,
                                                 bool hottest) {
+        const int lanes = min(level.per_block, kTileKeys);
+        float first_half[kWarpRows] = {};
+        bool second = level.per_block <= kTileKeys;
         units.sweep(level, set, [&](const float (&score)[kWarpRows], int place) {
             float largest = 0.0f;
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
-                const int row = first_row + lane.row(r);
-                largest = fmaxf(largest, block_mass(score[r], row, level.per_block, hottest));
+                const float mass =
+                    first_half[r] + block_mass(score[r], first_row + lane.row(r), lanes, hottest);
+                if (second) largest = fmaxf(largest, block_select::finite_mass(mass));
+                if (level.per_block > kTileKeys) first_half[r] = second ? 0.0f : mass;
             }
-            if (lane.lane % level.per_block == 0)
-                smem.warp_mass[lane.warp][lane.lane / level.per_block] = largest;
+            if (lane.lane % lanes == 0) smem.warp_mass[lane.warp][lane.lane / lanes] = largest;
             __syncthreads();
+            const bool whole = second;
+            if (level.per_block > kTileKeys) second = !second;
             // The sweep's barriers keep the next units' masses from these reads.
             int slot = static_cast<int>(threadIdx.x);
-            int i = place - lane.lane / level.per_block + slot;
-            if (slot >= kTileKeys / level.per_block || i >= set.count) return;
+            int i = place - lane.lane / lanes + slot;
+            if (!whole || slot >= kTileKeys / lanes || i >= set.count) return;
             float mass = first_row == 0 ? 0.0f : __uint_as_float(scratch.masses[i]);
             for (int warp = 0; warp < kWarps; ++warp)
                 mass = fmaxf(mass, smem.warp_mass[warp][slot]);
@@ -102,20 +110,19 @@ struct TileSelection {
         __syncthreads();
     }
 
-    // The `keep` blocks of largest mass of the candidates; returns how many. All threads call it.
-    __device__ int choose(const int32_t* candidates, int count, int keep, int32_t* list,
-                          int64_t width) {
+    // The `keep` blocks of largest mass of the candidates, or fewer by top_p; returns how many. All
+    // threads call it.
+    __device__ int choose(const int32_t* candidates, int count, int keep, float top_p,
+                          int32_t* list, int64_t width) {
         if (threadIdx.x < 32) {
-            int taken = min(count, keep);
+            int taken = count;
             if (count <= keep) {  // without masses
                 for (int i = lane.lane; i < count; i += 32) list[i] = candidates[i];
-            } else if (keep > 0) {
-                block_select::Threshold threshold =
-                    block_select::radix_threshold(scratch.masses, count, keep, smem.histogram);
-                block_select::write_list(scratch.masses, candidates, count, threshold, list,
-                                         nullptr);
+                block_select::pad_list(list, taken, width);
+            } else {
+                taken = block_select::write_heaviest(scratch.masses, candidates, count, keep, top_p,
+                                                     smem.histogram, list, width);
             }
-            block_select::pad_list(list, taken, width);
             if (lane.lane == 0) smem.count = taken;
         }
         return shared_count();
@@ -128,43 +135,19 @@ struct TileSelection {
         return count;
     }
 
-    // Softmax sums, relative to exp(norm), of candidates that are not in `inside`: the pooled
-    // estimate, or for `block` the log of a sum that the refinement will need.
-    __device__ __forceinline__ void estimate_pooled(const PooledRows& pooled, UnitLevel level,
-                                                    BlockSet candidates, BlockSet inside,
-                                                    int first_row) {
-        float outside[kWarpRows] = {};
-        units.sweep(level, candidates, [&](const float (&score)[kWarpRows], int place) {
-            bool counts = place < candidates.count && !inside.contains(candidates.at(place));
-#pragma unroll
-            for (int r = 0; r < kWarpRows; ++r) {
-                float mass = block_mass(score[r], first_row + lane.row(r), level.per_block);
-                bool first_lane = lane.lane % level.per_block == 0;
-                outside[r] += counts && first_lane ? mass : 0.0f;
-            }
-        });
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) {
-            int row = first_row + lane.row(r);
-            float sum = warp_sum(outside[r]);
-            bool refines = params.selector == Selector::kBlock;
-            float log_sum = sum > 0.0f ? logf(fminf(sum, FLT_MAX)) + smem.norm[row] : -INFINITY;
-            int64_t first = pooled.flat_row(row, params.problem.query_heads);
-            for (int i = lane.lane; i < pooled.size(row); i += 32)
-                params.omitted_mass_estimate[first + i] = refines ? log_sum : fminf(sum, 1.0f);
-        }
-    }
-
-    // Turns the estimates, logs of pooled sums R over blocks outside the scan tile's walk, into
-    // shares.
-    __device__ __forceinline__ void estimate_refined(const PooledRows& pooled, UnitLevel level,
-                                                     const EligibleBlocks& eligible,
-                                                     BlockSet walked, BlockSet listed,
-                                                     int first_row) {
+    // What a row's softmax over some blocks' units has in blocks that the attention does not walk.
+    enum class Estimate {
+        kShare,    // the share, of lists that the scan made
+        kLogSum,   // the log of the sum, for the refinement
+        kRefined,  // the share, together with that sum
+    };
+    template <class Outside>
+    __device__ __forceinline__ void estimate(Estimate kind, const PooledRows& pooled,
+                                             UnitLevel level, BlockSet set, int first_row,
+                                             Outside&& outside) {
         LaneSum all[kWarpRows], omitted[kWarpRows];
-        units.sweep(level, walked, [&](const float (&score)[kWarpRows], int place) {
-            int block = place < walked.count ? walked.at(place) : -1;
-            bool counts = eligible.contains(block) && !listed.contains(block);
+        units.sweep(level, set, [&](const float (&score)[kWarpRows], int place) {
+            const bool counts = place < set.count && outside(set.at(place));
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
                 all[r].add(score[r]);
@@ -179,11 +162,19 @@ struct TileSelection {
             float* at =
                 params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
             float reference = finite_reference(sum.largest);
-            // A middle unit stands for four fine ones. The bound keeps inf / inf away.
-            float unseen = fminf(4.0f * expf(*at - reference), 1e30f);
+            // The bound keeps inf / inf away.
+            float unseen = kind == Estimate::kRefined ? fminf(expf(*at - reference), 1e30f) : 0.0f;
             float share = (part.sum * expf(part.largest - reference) + unseen) / (sum.sum + unseen);
             share = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
-            for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
+            const float value = kind == Estimate::kLogSum ? part.lse() : share;
+            for (int i = 0; i < pooled.size(row); ++i) at[i] = value;
+        }
+    }
+    __device__ void write_estimates(const PooledRows& pooled, float value) {
+        for (int row = static_cast<int>(threadIdx.x); row < pooled.rows; row += kThreads) {
+            float* at =
+                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            for (int i = 0; i < pooled.size(row); ++i) at[i] = value;
         }
     }
 
@@ -199,51 +190,52 @@ struct TileSelection {
         return {scratch.walked, shared_count()};
     }
 
-    // The scan's list, of `width` blocks.
-    __device__ BlockSet scan(int32_t* list, int64_t width) {
+    // The scan's list, of `width` blocks, of which at most `keep` are taken.
+    __device__ BlockSet scan(int32_t* list, int64_t width, int64_t most, float top_p) {
         const EligibleBlocks eligible(params.problem.ranges(), tile.span());
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
         const BlockSet reachable = {nullptr,
                                     reachable_blocks(params.problem.ranges(), tile.span())};
         const BlockSet candidates = {scratch.eligible, eligible.count()};
+        const int keep = static_cast<int>(most);
+        const bool chooses = candidates.count > keep;
         for (int i = threadIdx.x; i < candidates.count; i += kThreads)
             scratch.eligible[i] = eligible.at(i);
         __syncthreads();
-        const bool scores = candidates.count > width;
-        for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
+        for (int row = 0; chooses && keep > 0 && row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
             find_norm(levels.norm, reachable, row);
             find_masses(levels.mass, candidates, row, /*hottest=*/true);
         }
-        const int keep = static_cast<int>(min_i64(width, candidates.count));
-        BlockSet taken = {list, choose(candidates.blocks, candidates.count, keep, list, width)};
-        if (params.omitted_mass_estimate) {
-            const bool refines = params.selector == Selector::kBlock;
-            const BlockSet inside = refines ? walk(taken) : taken;
-            for (int row = 0; row < pooled.rows; row += kCtaRows) {
-                units.load_pooled(pooled, row);
-                if (!scores && lane.lane < kWarpRows)
-                    smem.norm[row + lane.row(lane.lane)] = INFINITY;  // nothing is left out
-                __syncwarp();
-                estimate_pooled(pooled, levels.mass, scores ? candidates : BlockSet{nullptr, 0},
-                                inside, row);
-            }
+        const BlockSet taken = {
+            list, choose(candidates.blocks, candidates.count, keep, top_p, list, width)};
+        if (!params.omitted_mass_estimate) return taken;
+        if (!chooses) {
+            write_estimates(pooled, refines() ? -INFINITY : 0.0f);
+            return taken;
+        }
+        const BlockSet walked = walk(taken);
+        for (int row = 0; row < pooled.rows; row += kCtaRows) {
+            units.load_pooled(pooled, row);
+            estimate(refines() ? Estimate::kLogSum : Estimate::kShare, pooled, levels.mass,
+                     reachable, row, [&](int block) { return !walked.contains(block); });
         }
         return taken;
     }
+    __device__ bool refines() const { return params.refinement() != Refinement::kNone; }
 
     __device__ void make_list() {
-        BlockSet taken =
-            scan(params.block_indices + tile.tile_index * params.max_blocks, params.max_blocks);
+        BlockSet taken = scan(params.block_indices + tile.tile_index * params.max_blocks,
+                              params.max_blocks, params.head_blocks(tile.kv_head), params.top_p);
         if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
     }
 
     // Of a scan tile.
     __device__ void make_shortlist() {
         const int64_t blocks = num_blocks(params.problem.kv_len);
-        BlockSet taken =
-            scan(scratch.shortlist, min_i64(shortlist_width(params.max_blocks), blocks));
+        const int64_t width = min_i64(shortlist_width(params.max_blocks), blocks);
+        BlockSet taken = scan(scratch.shortlist, width, width, 0.0f);
         if (threadIdx.x == 0) smem.shortlisted = taken.count;
     }
 
@@ -270,22 +262,27 @@ struct TileSelection {
         const EligibleBlocks eligible(params.problem.ranges(), tile.span());
         const BlockSet shortlist = eligible_of({scratch.shortlist, smem.shortlisted}, eligible);
         int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
-        const PooledRows pooled = PooledRows::of_refinement(tile);
-        const ScoringLevels levels = kRefinementLevels;
-        const int keep = static_cast<int>(min_i64(params.max_blocks, eligible.count()));
-        const bool scores = eligible.count() > params.max_blocks;
+        const PooledRows pooled = PooledRows::of_tile(tile);
+        const bool by_keys = params.refinement() == Refinement::kKeys;
+        const int keep = static_cast<int>(params.head_blocks(tile.kv_head));
+        const bool chooses = eligible.count() > keep;
         const BlockSet walked = walk(shortlist);
-        for (int row = 0; scores && row < pooled.rows; row += kCtaRows) {
+        for (int row = 0; chooses && keep > 0 && row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
-            find_norm(levels.norm, walked, row);
-            find_masses(levels.mass, shortlist, row, /*hottest=*/false);
+            // Against keys a unit counts as many times as it has keys.
+            find_norm(kShortUnits, walked, row, by_keys ? logf(kShortUnits.keys) : 0.0f);
+            find_masses(refinement_level(params.refinement()), shortlist, row, /*hottest=*/false);
         }
-        BlockSet taken = {list,
-                          choose(shortlist.blocks, shortlist.count, keep, list, params.max_blocks)};
+        const BlockSet taken = {list, choose(shortlist.blocks, shortlist.count, keep, params.top_p,
+                                             list, params.max_blocks)};
         if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
-        for (int row = 0; params.omitted_mass_estimate && row < pooled.rows; row += kCtaRows) {
+        if (!params.omitted_mass_estimate) return;
+        if (!chooses) return write_estimates(pooled, 0.0f);
+        const RangeBlocks ranges(params.problem.ranges(), tile.span());
+        for (int row = 0; row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
-            estimate_refined(pooled, levels.mass, eligible, walked, taken, row);
+            estimate(Estimate::kRefined, pooled, kShortUnits, walked, row,
+                     [&](int block) { return !ranges.contains(block) && !taken.contains(block); });
         }
     }
 };
@@ -299,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
     const Problem& problem = params.problem;
     const int dim = summary_dim(params.selector, static_cast<int>(problem.head_dim));
     const int64_t blocks = num_blocks(problem.kv_len);
-    const bool refines = params.selector == Selector::kBlock;
+    const bool refines = params.refinement() != Refinement::kNone;
     const int tiles = refines ? scan_tiles(params.selector, problem.kv_len) : 0;
     for (int64_t index = blockIdx.x; index < num_scan_tiles; index += gridDim.x) {
         // First the scan tile, then the tiles that its shortlist is for.

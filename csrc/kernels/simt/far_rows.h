@@ -17,7 +17,7 @@ template <class T, int kDim>
 struct LaneChannels {
     static constexpr int kElems = kDim / 32;
     const T* block_means;
-    const float* sums;  // of pool 0
+    const float* sums;  // running, of pool 0
     const T* means;
     int64_t stride_block;
     int head_dim;
@@ -26,11 +26,12 @@ struct LaneChannels {
                             int which) {
         const Problem& p = params.problem;
         const BlockMeans& blocks = which == 0 ? params.far_field.key : params.far_field.value;
-        const int64_t pools = device::far_pools_offset(p, far, which, head);
         block_means = static_cast<const T*>(blocks.data) + head * blocks.stride_head;
         stride_block = blocks.stride_block;
-        sums = params.far_field.sums + pools;
-        means = static_cast<const T*>(params.far_field.means) + pools;
+        sums =
+            params.far_field.sums + device::far_pools_offset(p, far, which, head, far.pool_sums());
+        means = static_cast<const T*>(params.far_field.means) +
+                device::far_pools_offset(p, far, which, head);
         head_dim = static_cast<int>(p.head_dim);
     }
 
@@ -49,8 +50,8 @@ struct LaneChannels {
             sum[e] = fmaf(static_cast<float>(keys), to_float(row[d]), sum[e]);
         });
     }
-    __device__ __forceinline__ void load_sum(float (&sum)[kElems], int pool) const {
-        const float* row = sums + int64_t{pool} * head_dim;
+    __device__ __forceinline__ void load_sum(float (&sum)[kElems], int index) const {
+        const float* row = sums + int64_t{index} * head_dim;
         Lane lane;
 #pragma unroll
         for (int e = 0; e < kElems; ++e)

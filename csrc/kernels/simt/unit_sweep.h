@@ -85,13 +85,22 @@ struct UnitSweep {
         __syncwarp();
     }
 
+    // A unit of a level: a row of the summaries, or a key; null past the last key.
+    __device__ const T* unit_row(UnitLevel level, int64_t unit) const {
+        if (level.keys > 1)
+            return summaries + summary_row(level, rows_per_block(params.selector), unit) * dim;
+        if (unit >= params.problem.kv_len) return nullptr;
+        return static_cast<const T*>(params.key.data) +
+               device::head_offset(params.key, tile.batch, tile.kv_head) +
+               unit * params.key.stride_seq;
+    }
+
     // Calls body(scores, place of this lane's block) for every unit, 32 at a time: the scores of
     // the warp's rows against the lane's unit, -inf where a row does not see it. All threads call
     // it, and the body too, which may use barriers; the place can be past the last block.
     template <class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, BlockSet set, Body&& body) {
         const Ranges ranges = params.problem.ranges();
-        const int row_stride = rows_per_block(params.selector);
         auto unit_of = [&](int i) {  // of the whole level; -1 past the last block
             return i / level.per_block < set.count
                        ? int64_t{set.at(i / level.per_block)} * level.per_block +
@@ -105,10 +114,9 @@ struct UnitSweep {
                 __syncthreads();  // everyone is done with the previous units
                 for (int i = lane.warp; i < kTileKeys; i += kWarps) {
                     int64_t unit = unit_of(first + i);
-                    const T* src =
-                        unit < 0 ? nullptr
-                                 : summaries + summary_row(level, row_stride, unit) * dim + slab;
-                    load_query(smem.units.element + i * smem.units.kStride, src, slab_dim);
+                    const T* src = unit < 0 ? nullptr : unit_row(level, unit);
+                    load_query(smem.units.element + i * smem.units.kStride,
+                               src ? src + slab : nullptr, slab_dim);
                 }
                 __syncthreads();
                 accumulate_products(score, smem.queries() + lane.row(0) * dim + slab, dim,

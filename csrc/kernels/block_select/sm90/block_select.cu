@@ -19,12 +19,11 @@ Status make_unit_map(const BlockSelectParams& params, int units, int blocks, CUt
 }
 
 Status make_maps(const BlockSelectParams& params, UnitMaps* maps) {
-    constexpr int kMiddle = kMiddleUnits.per_block, kFine = kFineUnits.per_block;
+    constexpr int kShort = kShortUnits.per_block;
     Status status = make_unit_map(params, 1, kChunkUnits, &maps->coarse_chunk);
     if (status.ok())
-        status = make_unit_map(params, kMiddle, kChunkUnits / kMiddle, &maps->middle_chunk);
-    if (status.ok()) status = make_unit_map(params, kMiddle, 1, &maps->middle_block);
-    if (status.ok()) status = make_unit_map(params, kFine, 1, &maps->fine_block);
+        status = make_unit_map(params, kShort, kChunkUnits / kShort, &maps->short_chunk);
+    if (status.ok()) status = make_unit_map(params, kShort, 1, &maps->short_block);
     return status;
 }
 
@@ -33,7 +32,10 @@ Status scan_and_refine(const Call& call) {
     UnitMaps maps;
     Status status = make_maps(call.params, &maps);
     if (status.ok()) status = scan<ScanTraits<T, kDim, 8, Selector::kBlock, true>>(call, maps);
-    if (status.ok()) status = refine<RefineTraits<T, kDim, true>>(call, maps);
+    if (!status.ok() || !call.workspace.refines) return status;
+    status = call.params.refinement() == Refinement::kKeys
+                 ? refine<RefineTraits<T, kDim, /*kKeys=*/true>>(call)
+                 : refine<RefineTraits<T, kDim, /*kKeys=*/false, true>>(call, maps);
     return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
 
