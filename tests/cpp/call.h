@@ -221,6 +221,9 @@ struct Call {
         p.block_indices = block_indices.data();
         p.block_counts = block_counts.data();
         p.omitted_mass_estimate = estimate.data();
+        if (refines_by_keys) p.key = key.view;
+        if (!head_keys.empty()) p.head_keys = head_keys.data();
+        p.top_p = top_p;
         return p;
     }
 
@@ -242,6 +245,9 @@ struct Call {
     Problem problem;
     Tensor query, key, value;
     int64_t max_blocks = 0;
+    bool refines_by_keys = false;    // select_blocks is given the keys
+    std::vector<int32_t> head_keys;  // budgets of select_blocks, if any
+    float top_p = 0.0f;
     std::vector<unsigned char> out, summaries, key_means, value_means, pool_means;
     std::vector<int32_t> block_indices, block_counts, tie_index;
     std::vector<float> lse, threshold, lse_full, estimate, omitted, pool_sums;
