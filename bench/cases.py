@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 BLOCK_KEYS = 64
-FINE, MIDDLE, COARSE = 16, 4, 1  # summary units of a block, selector="block"
-SUMMARY_ROWS = FINE + MIDDLE + COARSE
-SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at most
+SHORT, COARSE = 8, 1  # summary units of a block, selector="block"
+SUMMARY_ROWS = SHORT + COARSE
+QUERY_POOL = 8  # consecutive queries that are averaged, at most
 SCAN_KEYS, MOST_SCAN_TILES = 262144, 8  # keys up to which a tile scans alone; tiles of one scan
 
 
@@ -56,12 +56,17 @@ class Case:
         return positions
 
     @property
-    def scan_positions(self) -> int:
-        """Consecutive positions that share a scan."""
+    def scan_tiles(self) -> int:
+        """Consecutive tiles that share a scan."""
         tiles = 1
         while tiles < MOST_SCAN_TILES and self.n > tiles * SCAN_KEYS:
             tiles *= 2
-        return tiles * self.tile_positions
+        return tiles
+
+    @property
+    def pooled_queries(self) -> int:
+        """Averaged queries of a tile, as many as of a scan tile."""
+        return self.tile_positions * self.group // min(QUERY_POOL, self.tile_positions)
 
     @property
     def shortlist_width(self) -> int:
@@ -106,8 +111,8 @@ def dense_work(case: Case) -> Work:
 
 
 def summary_work(case: Case) -> Work:
-    """Every key added into its fine unit, those into middle ones, those into coarse ones."""
-    additions = 1 + (FINE + MIDDLE) / BLOCK_KEYS
+    """Every key added into its short unit, those into coarse ones."""
+    additions = 1 + SHORT / BLOCK_KEYS
     key_bytes = case.kv_bytes / 2
     return Work(
         additions * case.n * case.kv_heads * case.head_dim,
@@ -122,37 +127,36 @@ def eligible_blocks(case: Case, last: int) -> int:
 
 
 def scan_scores(case: Case, last: int) -> float:
-    """Scores of the scan of one scan tile, none where all its blocks can be shortlisted."""
-    if eligible_blocks(case, last) <= case.shortlist_width:
+    """Scores of the scan of one scan tile, none where all its blocks can be taken."""
+    taken = case.max_blocks if case.scan_tiles == 1 else case.shortlist_width
+    if eligible_blocks(case, last) <= taken:
         return 0.0
-    pooled = case.tile_positions * case.group / min(SCAN_POOL, case.tile_positions)
-    return pooled * (last + 1) / BLOCK_KEYS * (MIDDLE + COARSE)
+    return case.pooled_queries * (last + 1) / BLOCK_KEYS * (SHORT + COARSE)
 
 
 def refinement_scores(case: Case, last: int) -> float:
-    """Scores of the refinement of one tile, none where all its blocks can be listed."""
+    """Scores of the refinement of one tile, none where the scan makes its list or all its blocks
+    can be listed."""
     eligible = eligible_blocks(case, last)
-    if eligible <= case.max_blocks:
+    if case.scan_tiles == 1 or eligible <= case.max_blocks:
         return 0.0
-    pairs = case.tile_positions * case.group / min(REFINEMENT_POOL, case.tile_positions)
-    shortlist = min(case.shortlist_width, eligible)
     # Whole blocks of anchors and window beside the shortlist, as far as there are any.
     beside = (case.anchors + case.window) / BLOCK_KEYS
-    walked = min(shortlist + beside, (last + 1) / BLOCK_KEYS)
-    return pairs * (shortlist * FINE + walked * MIDDLE)
+    walked = min(min(case.shortlist_width, eligible) + beside, (last + 1) / BLOCK_KEYS)
+    return case.pooled_queries * walked * SHORT
 
 
-def ends(case: Case, positions: int) -> range:
-    """Last positions of tiles of so many positions."""
+def ends(case: Case, tiles: int) -> range:
+    """Last positions of every so many tiles."""
+    positions = tiles * case.tile_positions
     return range(positions - 1, case.n, positions)
 
 
 def selection_work(case: Case) -> Work:
-    """Pooled queries against all visible middle and coarse units, then pairs of queries against the
+    """Pooled queries against all visible units and, where tiles share a scan, against the short
     units of their shortlist; queries and summaries in, lists out."""
-    tiles, scan_tiles = (ends(case, p) for p in (case.tile_positions, case.scan_positions))
-    scores = sum(scan_scores(case, last) for last in scan_tiles)
-    scores += sum(refinement_scores(case, last) for last in tiles)
+    scores = sum(scan_scores(case, last) for last in ends(case, case.scan_tiles))
+    scores += sum(refinement_scores(case, last) for last in ends(case, 1))
     scores *= case.kv_heads
     lists = case.n / case.tile_positions * case.kv_heads * (case.max_blocks + 1) * 4
     summaries = case.kv_bytes / 2 * SUMMARY_ROWS / BLOCK_KEYS

@@ -45,6 +45,11 @@ POLICY_OPS = ("attention", "attention_forward")
         ({"selector": "best"}, ('selector is "best"', '"block", "quest", "mean" or "exact"')),
         ({"scale": float("nan")}, ("scale is nan", "a finite number", "None for 1/sqrt(head_dim)")),
         ({"scale": float("inf")}, ("scale is inf", "a finite number")),
+        ({"top_p": 0.0}, ("top_p is 0.0", "0 < top_p <= 1", "pass None")),
+        ({"top_p": -0.5}, ("top_p is -0.5", "0 < top_p <= 1")),
+        ({"top_p": 1.5}, ("top_p is 1.5", "0 < top_p <= 1")),
+        ({"top_p": float("nan")}, ("top_p is nan", "0 < top_p <= 1")),
+        ({"top_p": 0.9, "selector": "exact"}, ("top_p is 0.9", '"exact"', "pass None")),
     ],
 )
 def test_policy_arguments(device, name, arguments, parts):
@@ -65,10 +70,27 @@ def test_selection_needs_a_positive_scale(device, scale):
         ops.attention(query, key, value, topk=64, window=4, anchors=0, scale=scale)
 
 
-@pytest.mark.parametrize("name", POLICY_OPS)
-def test_what_is_not_available_yet(device, name):
-    with pytest.raises(ValueError, match=r"top_p is 0.9.*not yet available; pass top_p=None"):
-        getattr(ops, name)(*_qkv(device), top_p=0.9)
+@pytest.mark.parametrize("name", (*POLICY_OPS, "select_blocks"))
+def test_budgets_of_heads(refused, device, name):
+    query, key, value = _qkv(device, kv_heads=2)
+    tensors = (query, key, value)
+    keywords = {"topk": 64, "window": 4}
+    if name == "select_blocks":
+        tensors, keywords["kv_len"] = (query, ops.block_summaries(key)), 200
+    budgets = torch.zeros(4, dtype=torch.int32, device=device)
+
+    def bad(per_head: torch.Tensor, *parts: str, **changes: object) -> None:
+        refused(name, tensors, {**keywords, **changes, "topk_per_head": per_head}, *parts)
+
+    bad(budgets[:2].long(), "topk_per_head has dtype int64", "expected int32", ".to()")
+    bad(budgets[:2].float(), "topk_per_head has dtype float32", "expected int32")
+    bad(budgets[:3], "topk_per_head has shape [3]", "[2]")
+    bad(budgets[:2, None], "topk_per_head has shape [2, 1]", "[2]")
+    bad(budgets[::2], "topk_per_head is not contiguous", "topk_per_head.contiguous()")
+    if device == "cuda":
+        bad(budgets[:2].cpu(), "topk_per_head is on cpu and query on cuda:0")
+    if name in POLICY_OPS:
+        bad(budgets[:2], "topk_per_head is given", '"exact"', "pass None", selector="exact")
 
 
 @pytest.mark.parametrize("name", POLICY_OPS)
@@ -154,8 +176,8 @@ def test_selection_arguments(refused, device):
 
     bad(
         {"kv_len": 300},
-        "summaries has shape [1, 1, 84, 64]",
-        "[1, kv_heads, 105, 64]",
+        "summaries has shape [1, 1, 36, 64]",
+        "[1, kv_heads, 45, 64]",
         "kv_len 300",
     )
     bad({"kv_len": -1}, "kv_len")
@@ -165,8 +187,11 @@ def test_selection_arguments(refused, device):
     bad({"window": -2}, "window is -2")
     bad({}, "summaries has dtype float16", "expected one dtype", u=units.half())
     bad({}, "summaries has stride", "summaries.contiguous()", u=units.mT.contiguous().mT[..., :])
-    with pytest.raises(ValueError, match=r"top_p is 0\.5"):
-        ops.select_blocks(query, units, top_p=0.5, **sound)
+    bad({"top_p": 0.0}, "top_p is 0.0", "0 < top_p <= 1", "pass None")
+    bad({"key": key[0]}, "key has shape [1, 200, 64]", "4 dimensions")
+    bad({"key": key[:, :, :199]}, "key has shape [1, 1, 199, 64]", "kv_len", "were summarised")
+    bad({"key": key[..., :32]}, "key has shape [1, 1, 200, 32]", "head_dim")
+    bad({"key": key.half()}, "key has dtype float16", "expected one dtype")
     refused("select_tokens", (query, key), {"topk": -1}, "topk is -1", "pass 0 to select nothing")
     refused("select_tokens", (query, key), {"anchors": -1}, "anchors is -1")
 

@@ -152,22 +152,27 @@ def test_records_are_validated_shown_and_drawn(tmp_path: Path) -> None:
 
 
 def test_selection_work_counts_the_scores_of_the_definition() -> None:
-    """One far tile by hand: 16 pooled queries scan, 64 pairs refine a full shortlist."""
-    case = Case(131072)
-    last = 65535
-    blocks = (last + 1) // 64
-    pools = case.group * case.tile_positions // definition.SCAN_POOL
-    pairs = case.group * case.tile_positions // definition.REFINEMENT_POOL
-    assert (pools, pairs) == (16, 64)
+    """One far tile by hand: 16 pooled queries scan, and make the list as well."""
+    case, last = Case(131072), 65535
+    pools = case.group * case.tile_positions // definition.pool_size(case.group)
+    assert pools == 16
+    assert scan_scores(case, last) == pools * (last + 1) / 64 * (8 + 1)
+    assert refinement_scores(case, last) == 0
+    assert scan_scores(case, last=2047) == 0, "27 blocks are the list"
+
+
+def test_tiles_that_share_a_scan_refine_their_shortlists() -> None:
+    case, last = Case(524288), 262143
     walked = 64 + (case.window + case.anchors) / 64
-    assert scan_scores(case, last) == pools * blocks * (4 + 1)
-    assert refinement_scores(case, last) == pairs * (64 * 16 + walked * 4)
+    assert scan_scores(case, last) == 16 * (last + 1) / 64 * (8 + 1)
+    assert refinement_scores(case, last) == 16 * walked * 8
+    assert scan_scores(case, last=4095) == 0, "all blocks are on the shortlist"
+    assert refinement_scores(case, last=4095) > 0
 
 
 def test_tiles_share_a_scan_as_in_the_definition() -> None:
     for n in (131072, 262144, 524288, 1048576):
-        case = few_heads(n)
-        assert case.scan_positions == definition.scan_tiles(n) * case.tile_positions
+        assert few_heads(n).scan_tiles == definition.scan_tiles(n)
 
 
 def test_committed_results_match_the_schema() -> None:

@@ -81,6 +81,20 @@ def test_a_block_past_the_tile_is_valid_and_attends_nothing(device):
     oracle.assert_matches(oracle.attention(*case.tensors(), support), out, lse)
 
 
+def test_budgets_of_heads_are_clamped_and_no_error(device):
+    case = Case(
+        device, kv_heads=4, query_len=9, kv_len=900, topk=128, selector="block",
+        topk_per_head=(-(2**31), -1, 129, 2**31 - 1),
+    )  # fmt: skip
+    query, key, _ = case.tensors()
+    condensate_ext.read_error_word(device)
+    _, counts = ops.select_blocks(
+        query, ops.block_summaries(key), kv_len=900, **case.selection_args, **case.range_args
+    )
+    assert counts.flatten().tolist() == [0, 0, 2, 2]
+    assert condensate_ext.read_error_word(device) == ErrorWord.NONE
+
+
 @pytest.mark.parametrize("row", [-1, 50, 2**40, -(2**62)])
 def test_sampled_rows_out_of_range(device, monkeypatch, row):
     case = Case(device, query_len=50, kv_len=90)

@@ -30,13 +30,20 @@ def path_of(device: str, choice: int) -> str:
     return PATHS[device][choice]
 
 
+def scans_by_mma(case: Case) -> bool:
+    """Are the case's lists given, or few enough query heads and summary elements to scan for?"""
+    if case.selector not in ("block", "quest", "mean"):
+        return True
+    widest = 32 if case.selector == "block" else 16
+    elements = case.head_dim * (2 if case.selector == "quest" else 1)
+    return case.group <= widest and elements <= 256
+
+
 def runs_on(case: Case, path: str) -> bool:
     """Can the path take a list-given call of this case?"""
     half = case.dtype != torch.float32 and "misaligned" not in case.layouts
     if path != "sm90":
-        selects = case.selector in ("block", "quest", "mean")
-        widest = 32 if case.selector == "block" else 16  # query heads that a scan takes
-        return path != "sm80" or (half and not (selects and case.group > widest))
+        return path != "sm80" or (half and scans_by_mma(case))
     positions = tile_positions(case.group)
     shared = "head_shared" in case.layouts and case.batch > 1
     whole_tiles = positions >= 8 and case.query_len >= positions and case.kv_len > 0

@@ -10,7 +10,7 @@ import torch
 from tests.testkit import cases, checks, definition, naive, oracle, poison, selection
 
 # Each fault is looked for in so many random cases; most are found in the first few.
-CASES_PER_FAULT = 80
+CASES_PER_FAULT = 160
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_supports_of_a_written_out_example():
 
 def test_tiles_are_the_documented_ones():
     assert [definition.tile_positions(g) for g in (1, 2, 3, 4, 8, 64)] == [64, 64, 32, 32, 16, 2]
-    assert [definition.pool_size(g, 8) for g in (1, 8, 16, 17, 33, 64)] == [8, 8, 8, 4, 2, 2]
+    assert [definition.pool_size(g) for g in (1, 8, 16, 17, 33, 64)] == [8, 8, 8, 4, 2, 2]
 
 
 def test_list_entries_that_fall_or_leave_the_range_are_skipped():
@@ -60,8 +60,21 @@ def test_top_k_oracles_break_ties_downwards():
     chosen = selection.expected_tokens(score, torch.ones(1, 6, dtype=torch.bool), 3)
     assert chosen.int().tolist() == [[1, 1, 0, 0, 1, 0]]
     mass = torch.tensor([[0.1, 0.3, 0.3, 0.1, 0.2]])
-    blocks, certain = selection.expected_lists(mass, torch.tensor([[1, 1, 1, 1, 0]]).bool(), 3)
+    eligible, three = torch.tensor([[1, 1, 1, 1, 0]]).bool(), torch.tensor([3])
+    blocks, certain = selection.expected_lists(mass, eligible, three)
     assert blocks.int().tolist() == [[1, 1, 1, 0, 0]] and certain.all()
+
+
+def test_shortened_lists_leave_out_as_much_as_they_may():
+    mass = torch.tensor([[0.2, 0.3, 0.2, 0.1, 0.2, 0.0]], dtype=torch.float64)
+    eligible, four = torch.tensor([[1, 1, 1, 1, 0, 1]]).bool(), torch.tensor([4])
+    for top_p, expected in ((0.95, 4), (0.85, 3), (0.72, 3), (0.65, 2), (0.45, 1), (0.15, 0)):
+        blocks, certain = selection.expected_lists(mass, eligible, four, top_p)
+        order = [1, 0, 2, 3][:expected]
+        assert blocks[0].nonzero().flatten().tolist() == sorted(order) and certain.all()
+    assert not selection.expected_lists(mass, eligible, four, 0.9)[1].any(), "0.1 may be 1 - 0.9"
+    fits = selection.expected_lists(mass, eligible, four + 1, 0.15)[0]
+    assert torch.equal(fits, eligible), "nothing is cut where all blocks fit"
 
 
 def test_margins_of_every_layout_are_nan():

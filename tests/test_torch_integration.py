@@ -30,12 +30,12 @@ def _arguments(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, obj
     lse = torch.zeros(query.shape[:3], device=query.device)
     match name:
         case "attention" | "attention_forward":
-            return (query, key, value), {**ranges, "topk": case.topk, "selector": case.selector}
+            return (query, key, value), {**ranges, **case.selection_args}
         case "block_summaries":
             return (key,), {"selector": "quest"}
         case "select_blocks":
             units = ops.block_summaries(key)
-            return (query, units), {**ranges, "topk": case.topk, "kv_len": case.kv_len}
+            return (query, units, key), {**ranges, **case.selection_args, "kv_len": case.kv_len}
         case "select_tokens":
             return (query, key), {**ranges, "topk": case.topk}
         case "block_sparse_attention":
@@ -47,7 +47,10 @@ def _arguments(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, obj
 
 
 def _case(device: str, **changes: object) -> Case:
-    sizes = {"batch": 2, "kv_heads": 2, "group": 2, "query_len": 70, "kv_len": 400, "topk": 128}
+    sizes = {
+        "batch": 2, "kv_heads": 2, "group": 2, "query_len": 70, "kv_len": 400, "topk": 128,
+        "topk_per_head": (64, 128), "top_p": 0.9,
+    }  # fmt: skip
     return Case(device, selector="block", **{**sizes, **changes})  # type: ignore[arg-type]
 
 
@@ -110,12 +113,14 @@ def _pipeline(query: Tensor, key: Tensor, value: Tensor, topk: int) -> tuple[Ten
     out, lse, estimate = condensate_ext.attention_forward(query * 2, key, value, topk=topk)
     units = condensate_ext.block_summaries(key)
     lists = condensate_ext.select_blocks(query, units, kv_len=key.shape[2], topk=topk)
+    last = query[:, :, -1:]
+    cut = condensate_ext.select_blocks(last, units, key, kv_len=key.shape[2], topk=topk, top_p=0.5)
     state = condensate_ext.block_sparse_attention(query, key, value, *lists, far_field=True)
     pair = condensate_ext.select_tokens(query, key, topk=topk)
     audited = condensate_ext.omitted_mass(query, key, lse)
     merged = condensate_ext.merge_states(out, lse, *state)
     dense = condensate_ext.attention(query, key, value, selector="exact", topk=key.shape[2])
-    return (*merged, estimate, audited, *lists, *pair, dense + 1)
+    return (*merged, estimate, audited, *lists, *cut, *pair, dense + 1)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -188,6 +193,16 @@ def test_requires_grad_raises(device, name):
             getattr(ops, name)(*changed, **keywords)
         with torch.no_grad():
             getattr(ops, name)(*changed, **keywords)
+
+
+def test_keys_by_name_are_inputs_like_others(device):
+    """The keys of select_blocks may be left out, so they may be named."""
+    (query, units, key), keywords = _arguments("select_blocks", _case(device, query_len=1))
+    with pytest.raises(RuntimeError, match="select_blocks is forward-only"):
+        ops.select_blocks(query, units, key=key.detach().clone().requires_grad_(), **keywords)
+    expected = ops.select_blocks(query.half(), units.half(), key.half(), **keywords)
+    with torch.autocast(device, dtype=torch.float16):
+        assert all(map(torch.equal, ops.select_blocks(query, units, key=key, **keywords), expected))
 
 
 def test_autocast_casts_to_its_dtype(device):

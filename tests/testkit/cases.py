@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.testkit.definition import BLOCK_KEYS, DTYPES, Ranges, ceil_div, tile_positions
+from tests.testkit.definition import (
+    BLOCK_KEYS,
+    DTYPES,
+    Budget,
+    Ranges,
+    ceil_div,
+    tile_positions,
+)
 from tests.testkit.poison import LAYOUTS, embed
 
 MAX_SCORES = 1 << 20  # B * Hq * Lq * Lk of a random case
@@ -32,6 +39,8 @@ class Case:
     window: int = 32
     anchors: int = 8
     topk: int = 64
+    top_p: float | None = None
+    topk_per_head: tuple[int, ...] | None = None
     causal: bool = True
     scale: float | None = None
     far_field: bool = False
@@ -56,6 +65,23 @@ class Case:
             "anchors": self.anchors,
             "causal": self.causal,
             "scale": self.scale,
+        }
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.topk, self.top_p, self.topk_per_head)
+
+    @property
+    def selection_args(self) -> dict[str, object]:
+        """The selector and its budget."""
+        per_head = self.topk_per_head
+        if per_head is not None:
+            per_head = torch.tensor(per_head, dtype=torch.int32, device=self.device)
+        return {
+            "selector": self.selector,
+            "topk": self.topk,
+            "topk_per_head": per_head,
+            "top_p": self.top_p,
         }
 
     @property
@@ -131,12 +157,14 @@ def from_seed(seed: int, device: str) -> Case:
     far_field = selector != "exact" and rng.random() < 0.5
     # Above 128 blocks the pools of the far field hold more than one.
     deep = far_field and rng.random() < 0.15
-    # Above 64 eligible blocks the scan of `block` has a shortlist to make.
+    # A single query's list is refined; above 64 eligible blocks its scan has a shortlist to make.
+    single = tight and selector == "block" and rng.random() < 0.5
     long = tight and selector == "block" and rng.random() < 0.5
     group = rng.choice([1, 1, 2, 3, 4, 4, 5, 7, 8, 8, 12, 16, 32, 64])
     query_len, kv_len = _length(rng), rng.randint(300, 1500) if tight else _length(rng, 700)
     kv_len = rng.randint(66 * BLOCK_KEYS, 100 * BLOCK_KEYS) if long else kv_len
     kv_len = rng.randint(128 * BLOCK_KEYS, 300 * BLOCK_KEYS) if deep else kv_len
+    query_len = 1 if single else query_len
     if rng.random() < 0.4:
         query_len = min(query_len, kv_len)
     kv_heads, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3])
@@ -152,6 +180,11 @@ def from_seed(seed: int, device: str) -> Case:
     )
     anchors = rng.choice([0, 0, 1, 5, 63, 64, 65] + [130, kv_len, MAX_LENGTH] * (not tight))
     topk = rng.choice([1, 2, 3, 5] if tight else [0, 1, 2, 3, 5, 9])
+    lists_blocks = selector in ("block", "quest", "mean")
+    top_p = rng.choice([0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.0, rng.random()])
+    per_head = tuple(
+        rng.choice([-(2**31), -1, 0, 63, 64, 65, 130, 200, 2**31 - 1]) for _ in range(kv_heads)
+    )
     scales = [None, 0.25 / head_dim**0.5] + [2 / head_dim**0.5] * (selector != "exact")
     return Case(
         device=device,
@@ -166,6 +199,8 @@ def from_seed(seed: int, device: str) -> Case:
         window=window,
         anchors=anchors,
         topk=topk * rng.choice([1, 13, 40]) if selector == "exact" else topk * BLOCK_KEYS,
+        top_p=top_p if lists_blocks and rng.random() < 0.3 else None,
+        topk_per_head=per_head if lists_blocks and rng.random() < 0.3 else None,
         causal=rng.random() < 0.7,
         far_field=far_field,
         scale=INTEGER_SCALE if integers else rng.choice(scales),

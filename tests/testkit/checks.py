@@ -134,22 +134,13 @@ def _check_block_selector(case: Case) -> Outcome:
     query, key, value = case.tensors()
     summaries = ops.block_summaries(key, selector=case.selector)
     selection.check_summaries(key, summaries, case.selector)
-    indices, counts = ops.select_blocks(
-        query,
-        summaries,
-        kv_len=case.kv_len,
-        topk=case.topk,
-        selector=case.selector,
-        **case.range_args,
-    )
-    scores = selection.Scores(
-        query, summaries, case.ranges, case.selector, case.scale, exact=case.content == "integers"
-    )
-    chosen = selection.check_lists(scores, indices, counts, case.topk // 64)
+    if case.query_len == 1:
+        _check_lists(case, query, summaries, None)
+    scores, chosen = _check_lists(case, query, summaries, key)
     out, lse, estimate = ops.attention_forward(
-        query, key, value, topk=case.topk, selector=case.selector, **case.attention_args
+        query, key, value, **case.selection_args, **case.attention_args
     )
-    selection.check_estimate(scores, estimate, chosen, case.topk // 64)
+    selection.check_estimate(scores, estimate, chosen, case.budget)
     if case.far_field:
         division = far_field.divide(case.ranges, chosen, case.query_heads)
         means = far_field_means(case, key, value)
@@ -160,12 +151,26 @@ def _check_block_selector(case: Case) -> Outcome:
     return Outcome(oracle.assert_matches(reference, out, lse))
 
 
+def _check_lists(
+    case: Case, query: Tensor, summaries: Tensor, key: Tensor | None
+) -> tuple[selection.Scores, Tensor]:
+    """The lists of select_blocks; with the keys they are those of attention."""
+    lists = ops.select_blocks(
+        query, summaries, key, kv_len=case.kv_len, **case.selection_args, **case.range_args
+    )
+    exact = case.content == "integers"
+    scores = selection.Scores(
+        query, summaries, case.ranges, case.selector, case.scale, key=key, exact=exact
+    )
+    return scores, selection.check_lists(scores, *lists, case.budget)
+
+
 def _check_exact(case: Case) -> Outcome:
     query, key, value = case.tensors()
 
     def run(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out, lse, estimate = ops.attention_forward(
-            query, key, v, topk=case.topk, selector="exact", **case.attention_args
+            query, key, v, **case.selection_args, **case.attention_args
         )
         return out, lse, estimate
 

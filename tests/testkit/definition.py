@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BLOCK_KEYS = 64
-FINE, MIDDLE, COARSE = 4, 16, 64  # keys per unit of "block"
-LEVELS = {"block": (FINE, MIDDLE, COARSE), "quest": (16,), "mean": (64,)}  # in a block's order
+SHORT, COARSE = 8, 64  # keys per unit of "block"
+LEVELS = {"block": (SHORT, COARSE), "quest": (16,), "mean": (64,)}  # in a block's order
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -23,12 +23,9 @@ def tile_positions(group: int) -> int:
     return max(p for p in (1, 2, 4, 8, 16, 32, 64) if p == 1 or p * group <= 128)
 
 
-SCAN_POOL, REFINEMENT_POOL = 8, 2  # consecutive queries that are averaged, at most
-
-
-def pool_size(group: int, most: int) -> int:
-    """Queries averaged into one pooled query."""
-    return min(most, tile_positions(group))
+def pool_size(group: int) -> int:
+    """Consecutive queries of a tile that are averaged into one pooled query."""
+    return min(8, tile_positions(group))
 
 
 def scan_tiles(kv_len: int) -> int:
@@ -38,6 +35,26 @@ def scan_tiles(kv_len: int) -> int:
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a list may hold."""
+
+    topk: int  # keys
+    top_p: float | None = None
+    per_head: tuple[int, ...] | None = None  # keys of every KV head
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest list."""
+        return self.topk // BLOCK_KEYS
+
+    def of_heads(self, kv_heads: int, device: str | torch.device) -> Tensor:
+        """[Hkv, 1]: K of every KV head, for the tiles of each."""
+        keys = (self.topk,) * kv_heads if self.per_head is None else self.per_head
+        blocks = [min(max(k, 0), self.topk) // BLOCK_KEYS for k in keys]
+        return torch.tensor(blocks, device=device)[:, None]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tests.testkit import far_field, oracle, selection
 from tests.testkit.definition import (
     BLOCK_KEYS,
+    Budget,
     Ranges,
     listed_blocks,
     spread_to_rows,
@@ -21,7 +22,8 @@ from tests.testkit.definition import (
 FAULTS = (
     "window_edge", "anchor_edge", "diagonal", "alignment", "drop_one_key", "double_count",
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
-    "shortlist", "refinement", "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
+    "norm", "shortlist", "refinement", "head_budget", "short_list",
+    "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
 )  # fmt: skip
 
 
@@ -109,13 +111,14 @@ class NaiveOps:
         return selection.units(key, selector).to(key.dtype)
 
     def select_blocks(  # type: ignore[no-untyped-def]
-        self, query, summaries, *, kv_len, topk, selector, window, anchors, causal, scale
-    ):
+        self, query, summaries, key=None, *, kv_len, topk, topk_per_head, top_p, selector, window,
+        anchors, causal, scale,
+    ):  # fmt: skip
         ranges = self._ranges(query.shape[2], kv_len, window, anchors, causal)
         query = -query if self.fault == "order" else query
-        scores = selection.Scores(query, summaries, ranges, selector, scale)
-        budget = topk // BLOCK_KEYS - (self.fault == "budget" and topk > 0)
-        chosen = self._choose(scores, budget)
+        key = None if self.fault == "refinement" else key
+        scores = selection.Scores(query, summaries, ranges, selector, scale, key=key)
+        chosen = self._choose(scores, self._budget(topk, topk_per_head, top_p))
         counts = chosen.sum(-1).int()
         blocks = chosen.shape[-1]
         ascending = torch.where(chosen, torch.arange(blocks), blocks).sort(-1).values
@@ -126,16 +129,26 @@ class NaiveOps:
         indices[..., :width] = torch.where(kept < blocks, kept, filler).int()
         return indices, counts
 
-    def _choose(self, scores: selection.Scores, budget: int) -> Tensor:
+    def _budget(self, topk: int, per_head: Tensor | None, top_p: float | None) -> Budget:
+        if self.fault == "budget" and topk > 0:
+            topk -= BLOCK_KEYS
+        if self.fault == "head_budget" and per_head is not None:
+            per_head = per_head.flip(0).clamp(min=BLOCK_KEYS)
+        if self.fault == "short_list" and top_p is not None:
+            top_p = 0.9 * top_p
+        return Budget(topk, top_p, None if per_head is None else tuple(per_head.tolist()))
+
+    def _choose(self, scores: selection.Scores, budget: Budget) -> Tensor:
         if self.fault == "eligibility":
             scores.eligible = scores.eligible.roll(1, -1)
-        if self.fault == "refinement" and scores.selector == "block":
-            return selection.expected_lists(scores.scanned, scores.eligible, budget)[0]
-        if self.fault == "shortlist" and scores.selector == "block":
+        if self.fault == "norm":
+            scores.scan_whole = scores.scan_part
+        if self.fault == "shortlist" and scores.refinement:
             rank = scores.eligible.int().cumsum(-1)
-            shortlist = scores.eligible & (rank <= selection.shortlist_width(budget))
+            shortlist = scores.eligible & (rank <= selection.shortlist_width(budget.width))
             mass = scores.refined((shortlist | scores.beside).expand(scores.scanned.shape))
-            return selection.expected_lists(mass, shortlist, budget)[0]
+            most = budget.of_heads(scores.kv_heads, mass.device)
+            return selection.expected_lists(mass, shortlist, most, budget.top_p)[0]
         return selection.expected_choice(scores, budget)[0]
 
     def select_tokens(  # type: ignore[no-untyped-def]
@@ -158,8 +171,9 @@ class NaiveOps:
         return threshold, tie.masked_fill(few, 2**31 - 1).int()
 
     def attention_forward(  # type: ignore[no-untyped-def]
-        self, query, key, value, *, topk, selector, window, anchors, far_field, causal, scale
-    ):
+        self, query, key, value, *, topk, topk_per_head, top_p, selector, window, anchors,
+        far_field, causal, scale,
+    ):  # fmt: skip
         args = {"window": window, "anchors": anchors, "causal": causal, "scale": scale}
         ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
         if selector == "exact":
@@ -172,11 +186,12 @@ class NaiveOps:
             return out, lse, estimate.float()
         units = self.block_summaries(key, selector=selector)
         lists = self.select_blocks(
-            query, units, kv_len=key.shape[2], topk=topk, selector=selector, **args
-        )
+            query, units, key, kv_len=key.shape[2], topk=topk, topk_per_head=topk_per_head,
+            top_p=top_p, selector=selector, **args,
+        )  # fmt: skip
         chosen, _ = listed_blocks(*lists, key.shape[2])
-        scores = selection.Scores(query, units, ranges, selector, scale)
-        budget = topk // BLOCK_KEYS
+        scores = selection.Scores(query, units, ranges, selector, scale, key=key)
+        budget = self._budget(topk, topk_per_head, top_p)
         estimate, _ = selection.estimated_omission(scores, chosen, budget)
         if far_field:
             means = [self.block_summaries(t, selector="mean") for t in (key, value)]

@@ -18,11 +18,9 @@ from tests.testkit import oracle
 from tests.testkit.definition import (
     BLOCK_KEYS,
     COARSE,
-    FINE,
     LEVELS,
-    MIDDLE,
-    REFINEMENT_POOL,
-    SCAN_POOL,
+    SHORT,
+    Budget,
     Ranges,
     ceil_div,
     pool_size,
@@ -104,10 +102,10 @@ def pooled_queries(query: Tensor, pool: int) -> Tensor:
 
 @dataclass(frozen=True)
 class LogSums:
-    """Of some queries' scores against the units of one size."""
+    """Of some queries' scores against the units of one size, or against the keys."""
 
-    by_block: Tensor  # [B, Hq, rows, blocks]: log of the sum of exp over the visible units
-    largest: Tensor  # the same: the largest score of a visible unit; NaN is none
+    by_block: Tensor  # [B, Hq, rows, blocks]: log of the sum of exp over the visible ones
+    largest: Tensor  # the same: the largest score of a visible one; NaN is none
     error: float  # relative, that a float32 computation of such a sum may have
 
 
@@ -132,19 +130,31 @@ class Scores:
         selector: str,
         scale: float | None,
         *,
+        key: Tensor | None = None,
         exact: bool = False,
     ) -> None:
-        """`exact`: means and scores are small integers times powers of two, free of rounding."""
-        self.query, self.summaries, self.ranges = query, summaries, ranges
+        """`key`: as the call is given it, or None. `exact`: means and scores are small integers
+        times powers of two, free of rounding."""
+        self.query, self.summaries, self.key, self.ranges = query, summaries, key, ranges
         self.selector, self.exact = selector, exact
-        self.heads, d = query.shape[1], query.shape[-1]
-        self.group = self.heads // summaries.shape[1]
-        self.factor = oracle.as_float32(oracle.default_scale(d) if scale is None else scale)
+        self.heads, self.kv_heads = query.shape[1], summaries.shape[1]
+        self.group = self.heads // self.kv_heads
+        head_dim = query.shape[-1]
+        self.factor = oracle.as_float32(oracle.default_scale(head_dim) if scale is None else scale)
         self.eligible = ranges.eligible(self.group)
         self.beside = ranges.beside(self.group)
         self.joined = scan_tiles(ranges.kv_len) if selector == "block" else 1
-        self.scan_pool = self.joined * pool_size(self.group, SCAN_POOL)
-        self.refinement_pool = pool_size(self.group, REFINEMENT_POOL)
+        self.pool = pool_size(self.group)
+        self.scan_pool = self.joined * self.pool
+
+    @property
+    def refinement(self) -> str | None:
+        """By what the blocks of a shortlist are scored once more, if they are."""
+        if self.selector != "block":
+            return None
+        if self.query.shape[2] == 1 and self.key is not None:
+            return "keys"
+        return "units" if self.joined > 1 else None
 
     # What scan tiles [S, blocks] and tiles [T, blocks] have in common.
 
@@ -164,11 +174,11 @@ class Scores:
         """[..., S, blocks] -> [..., T, blocks]"""
         return of_scan_tiles.repeat_interleave(self.joined, -2)[..., : self.eligible.shape[0], :]
 
-    # Sums of every kind of query against every size of unit that the definition names.
+    # Sums of every kind of query over what the definition names.
 
     @cached_property
     def scan_part(self) -> LogSums:
-        size = MIDDLE if self.selector == "block" else LEVELS[self.selector][0]
+        size = SHORT if self.selector == "block" else LEVELS[self.selector][0]
         return self._log_sums(size, self.scan_pool)
 
     @cached_property
@@ -178,17 +188,18 @@ class Scores:
         return self._log_sums(COARSE, self.scan_pool)
 
     @cached_property
-    def fine(self) -> LogSums:
-        return self._log_sums(FINE, self.refinement_pool)
+    def refined_part(self) -> LogSums:
+        """In short units: eight times the sum over them, or the sum over as many keys."""
+        return self._log_sums(1, self.pool) if self.refinement == "keys" else self.refined_whole
 
     @cached_property
-    def middle(self) -> LogSums:
-        return self._log_sums(MIDDLE, self.refinement_pool)
+    def refined_whole(self) -> LogSums:
+        return self._log_sums(SHORT, self.pool)
 
     def _log_sums(self, size: int, pool: int) -> LogSums:
         d = self.query.shape[-1]
         rows = pooled_queries(self.query, pool).double()
-        unit = oracle.expand_heads(level_of(self.summaries, self.selector, size), self.heads)
+        unit = oracle.expand_heads(self._units(size), self.heads)
         if self.selector == "quest":
             high, low = unit.split(d, -1)
             score = rows.clamp(min=0) @ high.mT + rows.clamp(max=0) @ low.mT
@@ -200,6 +211,13 @@ class Scores:
         by_block = score.unflatten(-1, (score.shape[-1] // per_block, per_block))
         largest = by_block.masked_fill(by_block.isnan(), -torch.inf).amax(-1)
         return LogSums(torch.logsumexp(by_block, -1), largest, self._error(rows, unit, pool))
+
+    def _units(self, size: int) -> Tensor:
+        """[B, Hkv, units, Ds]: units of so many keys; of 1 the keys, filled up to whole blocks."""
+        if size > 1:
+            return level_of(self.summaries, self.selector, size)
+        assert self.key is not None
+        return pad(self.key, (0, 0, 0, -self.ranges.kv_len % BLOCK_KEYS))
 
     def _visible(self, size: int, pool: int) -> Tensor:
         """[rows, units]: is the unit's last key at or before the row's last query?"""
@@ -231,15 +249,15 @@ class Scores:
 
     # Masses of tiles: [B, Hkv, T, blocks], or of scan tiles.
 
-    def _of_tiles(self, per_pool: Tensor, pools: int) -> Tensor:
-        tiled = _runs(per_pool, pools).amax(3)
-        return tiled.unflatten(1, (self.heads // self.group, self.group)).amax(2)
+    def _of_tiles(self, per_pool: Tensor) -> Tensor:
+        """A scan tile has as many pooled queries as a tile."""
+        tiled = _runs(per_pool, tile_positions(self.group) // self.pool).amax(3)
+        return tiled.unflatten(1, (self.kv_heads, self.group)).amax(2)
 
     @cached_property
     def scanned(self) -> Tensor:
         """Masses of the scan: of the hottest units, for scan tiles."""
-        pools = self.joined * tile_positions(self.group) // self.scan_pool
-        return self._of_tiles(masses(self.scan_part.largest, self.scan_whole), pools)
+        return self._of_tiles(masses(self.scan_part.largest, self.scan_whole))
 
     @property
     def scan_error(self) -> float:
@@ -247,21 +265,22 @@ class Scores:
 
     @property
     def refinement_error(self) -> float:
-        return self.fine.error + self.middle.error
+        return self.refined_part.error + self.refined_whole.error
 
     def refined(self, walked: Tensor) -> Tensor:
         """Masses of the refinement when `walked` [B, Hkv, T, blocks] is W."""
-        pool = self.refinement_pool
-        counted = spread_to_rows(walked, self.heads, self.query.shape[2])[:, :, ::pool]
-        per_pool = masses(self.fine.by_block, self.middle, counted)
-        return self._of_tiles(per_pool, tile_positions(self.group) // pool)
+        counted = spread_to_rows(walked, self.heads, self.query.shape[2])[:, :, :: self.pool]
+        keys = 1 if self.refinement == "keys" else SHORT  # that an element stands for
+        part = self.refined_part.by_block + math.log(keys / SHORT)
+        return self._of_tiles(masses(part, self.refined_whole, counted))
 
 
 # ---- Lists ----
 
 
-def shortlist_width(budget: int) -> int:
-    return max(64, 2 * budget)
+def shortlist_width(width: int) -> int:
+    """Blocks of a shortlist for lists of so many."""
+    return max(64, 2 * width)
 
 
 def top_bounds(mass: Tensor, eligible: Tensor, width: int, error: float) -> tuple[Tensor, Tensor]:
@@ -272,53 +291,99 @@ def top_bounds(mass: Tensor, eligible: Tensor, width: int, error: float) -> tupl
     heavy = mass.clamp(min=TINY_MASS).masked_fill(~eligible, 0.0)
     ranked = pad(heavy, (0, width + 1)).topk(width + 1, -1).values
     band = (1 + error) ** 2
-    possible = heavy * band >= ranked[..., width - 1 : width] if width else heavy < 0
+    possible = heavy * band >= ranked[..., width - 1 : width]
     return eligible & (heavy > ranked[..., width:] * band), eligible & possible
 
 
-def check_lists(scores: Scores, indices: Tensor, counts: Tensor, budget: int) -> Tensor:
-    """A right list by the definition, up to rounding; returns the chosen blocks as booleans."""
-    chosen = check_form(indices, counts, scores.eligible, budget)
-    if scores.selector == "block":
-        return _check_two_levels(scores, chosen, budget)
-    certain, possible = top_bounds(scores.scanned, scores.eligible, budget, scores.scan_error)
-    assert not (certain & ~chosen).any(), "a block of clearly larger mass was left out"
-    assert not (chosen & ~possible).any(), "a block of clearly smaller mass was taken"
-    return chosen
+def shortlist_bounds(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
+    """Blocks that are surely on the shortlist of a scan tile, and those that may be."""
+    width = shortlist_width(budget.width)
+    return top_bounds(scores.scanned, scores.scan_eligible, width, scores.scan_error)
 
 
-def _check_two_levels(scores: Scores, chosen: Tensor, budget: int) -> Tensor:
+@dataclass(frozen=True)
+class Candidates:
+    """Blocks that a list is chosen from, bool [..., blocks], and their masses."""
+
+    certain: Tensor
+    possible: Tensor
+    least: Tensor  # that a kernel may find
+    most: Tensor
+
+
+def candidates(scores: Scores, budget: Budget) -> Candidates:
+    if scores.refinement is None:
+        eligible = scores.eligible.expand(scores.scanned.shape)
+        return _with_error(eligible, eligible, (scores.scanned,), scores.scan_error)
     certain, possible = (
         scores.to_tiles(bound) & scores.eligible for bound in shortlist_bounds(scores, budget)
     )
-    assert not (chosen & ~possible).any(), "a block was taken that cannot be on the shortlist"
-    one = scores.refined(certain | scores.beside)
-    other = scores.refined(possible | scores.beside)
-    band = 1 + scores.refinement_error
-    least = torch.minimum(one, other).clamp(min=TINY_MASS) / band
-    most = torch.maximum(one, other).clamp(min=TINY_MASS) * band
-    lightest_taken = torch.where(chosen, most, torch.inf)
-    lightest_taken = pad(lightest_taken, (0, 1), value=torch.inf).amin(-1, keepdim=True)
-    missing = certain & ~chosen & (least > lightest_taken)
-    assert not missing.any(), "a block of the shortlist is clearly heavier than one of the list"
+    either = tuple(scores.refined(bound | scores.beside) for bound in (certain, possible))
+    return _with_error(certain, possible, either, scores.refinement_error)
+
+
+def _with_error(
+    certain: Tensor, possible: Tensor, either: tuple[Tensor, ...], error: float
+) -> Candidates:
+    least, most = torch.stack(either).amin(0), torch.stack(either).amax(0)
+    least = torch.where(least < TINY_MASS, 0.0, least / (1 + error))
+    most = torch.where(most > 0, most.clamp(min=TINY_MASS) * (1 + error), 0.0)
+    return Candidates(certain, possible, least, most)
+
+
+def check_lists(scores: Scores, indices: Tensor, counts: Tensor, budget: Budget) -> Tensor:
+    """A right list by the definition, up to rounding; returns the chosen blocks as booleans."""
+    chosen = check_form(indices, counts, scores.eligible, budget.width)
+    found = candidates(scores, budget)
+    assert not (chosen & ~found.possible).any(), "a block was taken that cannot be on the shortlist"
+    lightest = _lightest(found.most, chosen)
+    missing = found.certain & ~chosen & (found.least > lightest[..., None])
+    assert not missing.any(), "a block of clearly larger mass was left out"
+    eligible, most = scores.eligible.sum(-1), budget.of_heads(scores.kv_heads, chosen.device)
+    full = torch.minimum(eligible, most)
+    if budget.top_p is None:
+        assert torch.equal(counts.long(), full.expand(counts.shape)), "wrong number of blocks"
+    else:
+        _check_shortened(found, chosen, full, eligible <= most, budget.top_p)
     return chosen
 
 
-def shortlist_bounds(scores: Scores, budget: int) -> tuple[Tensor, Tensor]:
-    """Blocks that are surely on the shortlist of a scan tile, and those that may be."""
-    return top_bounds(
-        scores.scanned, scores.scan_eligible, shortlist_width(budget), scores.scan_error
+def _lightest(mass: Tensor, chosen: Tensor) -> Tensor:
+    """The least mass of a chosen block, infinite where there is none."""
+    return pad(mass.masked_fill(~chosen, torch.inf), (0, 1), value=torch.inf).amin(-1)
+
+
+def _check_shortened(
+    found: Candidates, chosen: Tensor, full: Tensor, fits: Tensor, top_p: float
+) -> None:
+    """Lists that hold the fewest of the `full` heaviest blocks that top_p allows."""
+    counts = chosen.sum(-1)
+    assert (counts <= full).all(), "more blocks than the budget"
+    assert (counts == full)[fits.expand(counts.shape)].all(), "cut though all blocks fit"
+    least, most = (
+        _sum_of_largest(mass.masked_fill(~among | chosen, 0.0), full - counts)
+        for mass, among in ((found.least, found.certain), (found.most, found.possible))
     )
+    allowed = 1 - oracle.as_float32(top_p)
+    slack = 1 + 2 * oracle.EPS * chosen.shape[-1]  # of a float32 sum
+    assert (fits | (least <= allowed * slack)).all(), "more mass than 1 - top_p was left out"
+    one_more = most + _lightest(found.most, chosen)
+    assert (fits | (one_more * slack > allowed)).all(), "a block more could be left out"
 
 
-def check_form(indices: Tensor, counts: Tensor, eligible: Tensor, budget: int) -> Tensor:
+def _sum_of_largest(mass: Tensor, count: Tensor) -> Tensor:
+    """[...]: the sum of the `count` largest of [..., blocks]."""
+    sums = pad(mass.sort(-1, descending=True).values.cumsum(-1), (1, 0))
+    return sums.gather(-1, count[..., None])[..., 0]
+
+
+def check_form(indices: Tensor, counts: Tensor, eligible: Tensor, width: int) -> Tensor:
     """Counts, order, padding and eligibility of lists; returns bool [B, Hkv, T, blocks]."""
     assert indices.dtype == counts.dtype == torch.int32
     tiles, blocks = eligible.shape
-    assert indices.shape == (*counts.shape, budget) and counts.shape[-1] == tiles
-    expected = eligible.sum(-1).clamp(max=budget).expand(counts.shape)
-    assert torch.equal(counts.long(), expected), "wrong number of blocks"
-    used = torch.arange(budget, device=indices.device) < counts[..., None]
+    assert indices.shape == (*counts.shape, width) and counts.shape[-1] == tiles
+    assert ((counts >= 0) & (counts <= width)).all(), "count out of range"
+    used = torch.arange(width, device=indices.device) < counts[..., None]
     assert (indices[~used] == -1).all(), "lists are not padded with -1"
     assert ((indices >= 0) & (indices < blocks))[used].all(), "block out of range"
     rising = (indices[..., 1:] > indices[..., :-1]) | ~used[..., 1:]
@@ -330,44 +395,73 @@ def check_form(indices: Tensor, counts: Tensor, eligible: Tensor, budget: int) -
     return chosen
 
 
-def expected_lists(mass: Tensor, eligible: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def expected_lists(
+    mass: Tensor, eligible: Tensor, most: Tensor, top_p: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The one right choice where masses are exact: bool chosen, and bool [...] "is it certain?".
 
-    Masses within 1e-9 of each other are ties (lower index first). Ones that differ by more than
-    that and less than 1e-5 may come in either order: a tile in which that could carry a block over
-    the edge of the list is not certain.
+    `most` [...] blocks are chosen, with `top_p` fewer. Masses within 1e-9 of each other are ties
+    (lower index first). Ones that differ by more than that and less than 1e-5 may come in either
+    order: a tile in which that could carry a block over the edge of the list is not certain.
     """
     log_mass = mass.clamp(min=TINY_MASS).log().masked_fill(~eligible, -torch.inf)
     order = log_mass.sort(-1, descending=True)
     gap = (order.values[..., :-1] - order.values[..., 1:]).nan_to_num(0.0)
-    level = pad((gap > 1e-9).double().cumsum(-1), (1, 0))
+    level = pad((gap > 1e-9).double().cumsum(-1), (1, 0))[..., : mass.shape[-1]]
     level_of_block = torch.zeros_like(level).scatter_(-1, order.indices, level)
     rank = level_of_block.argsort(dim=-1, stable=True).argsort(dim=-1)
-    certain = torch.ones(mass.shape[:-1], dtype=torch.bool, device=mass.device)
-    if 0 < budget < mass.shape[-1]:
-        # The gap below the level of the last block inside, and above it if it goes on outside.
-        last, first = level[..., budget - 1 : budget], level[..., budget : budget + 1]
-        edge = (level[..., :-1] == last) | ((last == first) & (level[..., 1:] == last))
-        certain = ~(edge & (gap > 1e-9) & (gap < 1e-5)).any(-1)
-    return (rank < budget) & eligible, certain
+    most = most.expand(mass.shape[:-1])
+    count, certain = most, _has_clear_edge(level, gap, most)
+    if top_p is not None:
+        count, clear = _shortened(mass.gather(-1, order.indices), most, top_p)
+        certain = certain & clear & _has_clear_edge(level, gap, count)
+    fits = eligible.sum(-1) <= most
+    count = torch.where(fits, most, count)
+    return (rank < count[..., None]) & eligible, certain | fits
 
 
-def expected_choice(scores: Scores, budget: int) -> tuple[Tensor, Tensor]:
+def _has_clear_edge(level: Tensor, gap: Tensor, count: Tensor) -> Tensor:
+    """Is it certain which the first `count` blocks are?"""
+    blocks = level.shape[-1]
+    inside = (count > 0) & (count < blocks)
+    levels = pad(level, (0, 2))
+    last = levels.gather(-1, (count - 1).clamp(0, blocks)[..., None])
+    first = levels.gather(-1, count.clamp(0, blocks)[..., None])
+    # The gap below the level of the last block inside, and above it if it goes on outside.
+    edge = (level[..., :-1] == last) | ((last == first) & (level[..., 1:] == last))
+    return ~inside | ~(edge & (gap > 1e-9) & (gap < 1e-5)).any(-1)
+
+
+def _shortened(ranked: Tensor, most: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """How many of the first `most` masses top_p keeps, and whether the sums are clear of it."""
+    places = torch.arange(ranked.shape[-1], device=ranked.device)
+    listed = torch.where(places < most[..., None], ranked, 0.0)
+    left_out = listed.flip(-1).cumsum(-1).flip(-1)  # by a list that ends before the place
+    allowed = 1 - oracle.as_float32(top_p)
+    near = (left_out > 0) & ((left_out - allowed).abs() <= 1e-5 * allowed + TINY_MASS)
+    return (left_out > allowed).sum(-1), ~near.any(-1)
+
+
+def expected_choice(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
     """The one right choice where scores are exact, bool [B, Hkv, T, blocks], and "is it certain?".
 
     What is certain of a tile is as in expected_lists.
     """
-    if scores.selector != "block":
-        return expected_lists(scores.scanned, scores.eligible, budget)
-    width = shortlist_width(budget)
-    shared, certain = expected_lists(scores.scanned, scores.scan_eligible, width)
-    certain |= shared.sum(-1) == scores.scan_eligible.sum(-1)
+    most = budget.of_heads(scores.kv_heads, scores.query.device)
+    if scores.refinement is None:
+        return expected_lists(scores.scanned, scores.eligible, most, budget.top_p)
+    shared, certain = expected_shortlist(scores, budget)
     shortlist = scores.to_tiles(shared) & scores.eligible
-    certain = scores.to_tiles(certain[..., None])[..., 0]
     mass = scores.refined(shortlist | scores.beside)
-    chosen, certain_list = expected_lists(mass, shortlist, budget)
-    fits = scores.eligible.sum(-1) <= budget
-    return chosen, (certain & certain_list) | fits
+    chosen, certain_list = expected_lists(mass, shortlist, most, budget.top_p)
+    certain = scores.to_tiles(certain[..., None])[..., 0]
+    return chosen, (certain & certain_list) | (scores.eligible.sum(-1) <= most)
+
+
+def expected_shortlist(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
+    """The same of the shortlists of scan tiles."""
+    width = torch.tensor(shortlist_width(budget.width), device=scores.query.device)
+    return expected_lists(scores.scanned, scores.scan_eligible, width)
 
 
 def expected_tokens(score: Tensor, candidates: Tensor, topk: int) -> Tensor:
@@ -382,19 +476,18 @@ def expected_tokens(score: Tensor, candidates: Tensor, topk: int) -> Tensor:
 # ---- Estimates ----
 
 
-def check_estimate(scores: Scores, estimate: Tensor, chosen: Tensor, budget: int) -> None:
+def check_estimate(scores: Scores, estimate: Tensor, chosen: Tensor, budget: Budget) -> None:
     """omitted_mass_estimate by the definition, up to rounding."""
     least, most = estimated_omission(scores, chosen, budget)
     assert estimate.dtype == torch.float32 and estimate.shape == least.shape
     assert ((estimate >= 0) & (estimate <= 1)).all(), "omitted_mass_estimate outside [0, 1]"
-    error = scores.scan_error
-    if scores.selector == "block":
-        error = scores.fine.error + scores.scan_part.error
+    own = scores.refined_whole if scores.refinement else scores.scan_part
+    error = own.error + scores.scan_part.error
     assert (estimate.double() >= least - error).all(), "omitted_mass_estimate is too small"
     assert (estimate.double() <= most + error).all(), "omitted_mass_estimate is too large"
 
 
-def estimated_omission(scores: Scores, chosen: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def estimated_omission(scores: Scores, chosen: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
     """[B, Hq, Lq] float64, the least and the most that it may be: it is one number unless rounding
     decides what is on the shortlist."""
     heads, query_len = scores.heads, scores.query.shape[2]
@@ -402,40 +495,30 @@ def estimated_omission(scores: Scores, chosen: Tensor, budget: int) -> tuple[Ten
     def rows(per_tile: Tensor) -> Tensor:
         return spread_to_rows(per_tile.expand(chosen.shape), heads, query_len)
 
-    left = rows(scores.eligible & ~chosen)
     row = torch.arange(query_len, device=chosen.device)
-    pool = row // scores.scan_pool
-    coarse = scores.scan_part.by_block[:, :, pool].nan_to_num(-math.inf, math.inf, -math.inf)
-    if scores.selector != "block":
-        norm = torch.logsumexp(scores.scan_whole.by_block, -1)[:, :, pool]
-        share = _shares(coarse.masked_fill(~left, -torch.inf), norm)
-        return share, share
-    certain, possible = map(scores.to_tiles, shortlist_bounds(scores, budget))
-    scan_beside = scores.to_tiles(scores.scan_beside)
-    pair = row // scores.refinement_pool
-    fine = scores.fine.by_block[:, :, pair].nan_to_num(-math.inf, math.inf, -math.inf)
-    rest = coarse + math.log(MIDDLE / FINE)
-    # A block counts finely where the tile walks it, else roughly where its scan tile does not; a
-    # block that only the scan tile walks does not count. Roughly counted ones are all left out.
-    walked = fine.masked_fill(~rows(scores.eligible | scores.beside), -torch.inf)
-    unwalked = torch.where(rows(scores.beside), fine, rest)
-    unwalked = unwalked.masked_fill(rows(scan_beside & ~scores.beside), -torch.inf)
-    inside, outside = rows(certain | chosen), rows(~possible)
-    least, most = (
-        torch.where(inside, walked, torch.where(outside, unwalked, either(walked, unwalked)))
-        for either in (torch.minimum, torch.maximum)
-    )
-    left |= ~inside & rows(~scan_beside)
-    kept = least.masked_fill(left, -torch.inf)
-    bounds = []
-    for terms in (least, most):
-        omitted = terms.masked_fill(~left, -torch.inf)
-        whole = torch.logsumexp(torch.cat([kept, omitted], -1), -1)
-        bounds.append(_shares(omitted, whole))
-    return bounds[0], bounds[1]
+    seen = scores.scan_part.by_block[:, :, row // scores.scan_pool]
+    least = most = seen
+    if scores.refinement:
+        own = scores.refined_whole.by_block[:, :, row // scores.pool]
+        certain, possible = map(scores.to_tiles, shortlist_bounds(scores, budget))
+        # `own` where the tile's W has the block, nothing where only that of its scan tile has it.
+        shortlisted = own.masked_fill(~rows(scores.eligible | scores.beside), -torch.inf)
+        other = seen.masked_fill(rows(scores.to_tiles(scores.scan_beside)), -torch.inf)
+        other = torch.where(rows(scores.beside), own, other)
+        least, most = (
+            torch.where(rows(certain | chosen), shortlisted, torch.where(
+                rows(possible), either(shortlisted, other), other))
+            for either in (torch.minimum, torch.maximum)
+        )  # fmt: skip
+    walked = rows(chosen | scores.beside)
+    most_blocks = budget.of_heads(scores.kv_heads, chosen.device)
+    leaves = (scores.eligible.sum(-1) > most_blocks).expand(chosen.shape[:-1])
+    leaves = spread_to_rows(leaves[..., None], heads, query_len)[..., 0]
+    return _share_of(least, ~walked) * leaves, _share_of(most, ~walked) * leaves
 
 
-def _shares(parts: Tensor, whole: Tensor) -> Tensor:
-    """exp(sum of the parts - whole), 0 where there is no whole."""
-    share = (torch.logsumexp(parts, -1) - whole).exp()
+def _share_of(terms: Tensor, omitted: Tensor) -> Tensor:
+    """[B, Hq, Lq]: exp(terms) of the omitted blocks over those of all, 0 where there are none."""
+    whole = torch.logsumexp(terms, -1)
+    share = (torch.logsumexp(terms.masked_fill(~omitted, -torch.inf), -1) - whole).exp()
     return torch.where(whole.isfinite(), share, 0.0)
