@@ -187,10 +187,11 @@ struct Call {
             EXPECT_TRUE(condensate::block_summaries(p, Executor{}).ok());
             *targets[which] = summaries;
         }
-        const int64_t count =
-            2 * problem.batch * problem.kv_heads * num_far_pools(problem.kv_len) * problem.head_dim;
-        pool_sums.assign(static_cast<size_t>(count), NAN);
-        pool_means.assign(static_cast<size_t>(count * dtype_bytes(problem.dtype)), 0xff);
+        const int64_t count = 2 * problem.batch * problem.kv_heads * problem.head_dim;
+        const int64_t mean_bytes =
+            count * num_far_pools(problem.kv_len) * dtype_bytes(problem.dtype);
+        pool_sums.assign(static_cast<size_t>(count * num_far_sums(problem.kv_len)), NAN);
+        pool_means.assign(static_cast<size_t>(mean_bytes), 0xff);
         FarPoolsParams p;
         p.dtype = problem.dtype;
         p.batch = problem.batch;
