@@ -165,6 +165,7 @@ BlockSelectParams StageData::select_params() const {
     p.selector = shape_.selector;
     p.query = query_view();
     p.summaries = summaries.as<void>();
+    p.key = keys_view(key);
     p.max_blocks = list_width_;
     p.block_indices = block_indices.as<int32_t>();
     p.block_counts = block_counts.as<int32_t>();

@@ -1,5 +1,5 @@
 // One list of blocks per tile. The pooled queries of its scan tile scan the summaries of all
-// blocks; for `block` what they find heaviest is scored again by pairs of the tile's own. A block's
+// blocks; with a refinement what they find heaviest is scored again by the tile's own. A block's
 // sums are kept as maximum and sum of exponentials, so that nothing overflows before the norm is
 // known.
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace condensate::cpu {
 namespace {
 
-// The rows that are scored, and the sum over the norm level of each.
+// The rows that are scored, and what their masses are relative to.
 struct ScoredRows {
     ScoredRows(Arena& arena, int64_t dim)
         : rows(arena, dim),
@@ -21,23 +21,24 @@ struct ScoredRows {
           norm_inverse(arena.take<float>(kMaxRows)) {}
 
     QueryRows rows;
-    SoftmaxState* state;
+    SoftmaxState* state;  // of the units summed last
     float* norm_max;
     float* norm_inverse;  // 0 for a row that has no masses
 
     int64_t padded() const { return rows.panel_count() * kPanelRows; }
 
-    void start_norm() {
+    void start_sum() {
         std::fill(state->max, state->max + kMaxRows, -INFINITY);
         std::fill(state->sum, state->sum + kMaxRows, 0.0f);
         std::fill(state->sum_error, state->sum_error + kMaxRows, 0.0f);
     }
-    void finish_norm() {
+    // Masses are relative to `times` the sum.
+    void take_norm(int times) {
         for (int row = 0; row < kMaxRows; ++row) {
             const float sum = state->sum[row];
             const bool usable = sum > 0;  // it sees a unit, and no NaN or +inf, which make it NaN
             norm_max[row] = usable ? state->max[row] : 0.0f;
-            norm_inverse[row] = usable ? 1.0f / sum : 0.0f;
+            norm_inverse[row] = usable ? 1.0f / (static_cast<float>(times) * sum) : 0.0f;
         }
     }
 };
@@ -58,10 +59,12 @@ struct Scratch {
         order = arena.take<int32_t>(blocks);
         shortlist = arena.take<int32_t>(blocks);
         mass = arena.take<float>(kMaxRows);
+        key_max = arena.take<float>(kMaxRows);
+        key_sum = arena.take<float>(kMaxRows);
         ones = arena.take<float>(kMaxRows);
-        rest = arena.take<float>(kMaxRows);
-        omitted = arena.take<double>(kMaxRows);
-        total = arena.take<double>(kMaxRows);
+        base = arena.take<float>(kMaxRows);
+        rest = arena.take<double>(kMaxRows);
+        sums = arena.take<double>(kMaxRows);
     }
 
     int64_t dim;
@@ -71,14 +74,16 @@ struct Scratch {
     float* block_max;    // [n-th scored block][padded rows]
     float* block_sum;    // [n-th scored block][padded rows]
     float* tile_mass;    // [block]
-    int32_t* visited;    // blocks that are scored
+    int32_t* visited;    // blocks whose units are scored
     int32_t* order;      // candidates for the list
     int32_t* shortlist;  // of the scan tile
     float* mass;         // [row]
+    float* key_max;      // [row] of one block's keys
+    float* key_sum;      // [row] of one block's keys
     float* ones;         // [row]
-    float* rest;         // [pool] log of the sum over the middle units that no query scored finely
-    double* omitted;     // [row]
-    double* total;       // [row]
+    float* base;         // [row] what exponentials are relative to
+    double* rest;        // [pool] log of the sum over units that only the scan saw
+    double* sums;        // [row]
 };
 
 // The queries begin..end-1 of a tile or scan tile.
@@ -108,6 +113,8 @@ class TileSelection {
           tile_(scan_tile_) {}
 
     void run() {
+        std::fill(s_.ones, s_.ones + kMaxRows, 1.0f);
+        std::fill(s_.rest, s_.rest + kMaxRows, -INFINITY);
         const int positions = tile_positions(p_.group());
         for (int64_t begin = scan_tile_.begin; begin < scan_tile_.end; begin += positions) {
             tile_ = QueryTile(p_, begin / positions, positions);
@@ -121,25 +128,25 @@ class TileSelection {
     int64_t batch() const { return head_ / p_.kv_heads; }
     int64_t first_head() const { return head_ % p_.kv_heads * p_.group(); }
     int scan_pool() const { return scan_pool_size(params_.selector, p_.group(), p_.kv_len); }
-    int refinement_pool() const { return pool_size(p_.group(), kRefinementPool); }
+    int tile_pool() const { return pool_size(p_.group()); }
+    int64_t budget() const { return params_.head_blocks(head_ % p_.kv_heads); }
 
     void select() {
-        const int64_t eligible = find_eligible(tile_), width = params_.max_blocks;
-        const bool all_fit = eligible <= width;
-        if (all_fit || (width == 0 && !wants_estimate())) {  // there is nothing to rank
-            store_list(min_i64(eligible, width));
+        const int64_t eligible = find_eligible(tile_);
+        const bool all_fit = eligible <= budget();
+        if (all_fit || (budget() == 0 && !wants_estimate())) {  // there is nothing to rank
+            store_list(min_i64(eligible, budget()));
             if (wants_estimate()) store_estimate([](int64_t, int64_t) { return 0.0; });
-        } else if (params_.selector == Selector::kBlock) {
-            if (shortlisted_ < 0) make_shortlist();
-            const int64_t shortlisted = take_shortlist();
-            refine(shortlisted);
-            store_list(take_largest(shortlisted, width));
-            if (wants_estimate()) estimate_refined();
-        } else {
-            scan();
-            store_list(take_largest(eligible, width));
-            if (wants_estimate()) estimate_scanned();
+            return;
         }
+        const bool refines = params_.refinement() != Refinement::kNone;
+        int64_t candidates = eligible;
+        if (refines)
+            candidates = refine();
+        else
+            scan();
+        store_list(take_enough(take_largest(candidates, budget())));
+        if (wants_estimate()) estimate(refines ? s_.queries : s_.pools);
     }
 
     // ---- Queries ----
@@ -182,15 +189,15 @@ class TileSelection {
 
     // ---- Sums over units ----
 
-    // Adds to the rows' norm (kNorm), keeps the sum of every block (kBlocks), or both.
-    enum class Keep { kNorm, kBlocks, kBoth };
+    // Adds to the rows' sum (kSum), keeps the sum of every block (kBlocks), or both.
+    enum class Keep { kSum, kBlocks, kBoth };
     void score_blocks(ScoredRows& scored, UnitLevel level, BlockList list, Keep keep) {
         const int panels = scored.rows.panel_count();
         float* scores = s_.units.scores();
         const RowMask& mask = s_.units.mask();
         s_.units.sweep(params_, ops_, head_, level, scored.rows, list, [&](int64_t n) {
             const int64_t at = n * scored.padded();
-            if (keep != Keep::kNorm)
+            if (keep != Keep::kSum)
                 ops_.block_sums(scores, level.per_block, mask.visible_end, panels,
                                 s_.block_max + at, s_.block_sum + at);
             if (keep == Keep::kBlocks) return;
@@ -211,29 +218,28 @@ class TileSelection {
     }
 
     // The hottest units' masses of all blocks over the scan tile's pooled queries. For the estimate
-    // the blocks' whole masses take the place of their sums.
+    // the sum over these units is left in the state.
     void scan() {
-        const int64_t blocks = scan_tile_.blocks;
-        pool_queries(s_.pools.rows, scan_tile_, scan_pool());
-        for (int64_t block = 0; block < blocks; ++block)
+        ScoredRows& pools = s_.pools;
+        pool_queries(pools.rows, scan_tile_, scan_pool());
+        visited_ = scan_tile_.blocks;
+        for (int64_t block = 0; block < visited_; ++block)
             s_.visited[block] = static_cast<int32_t>(block);
         const ScoringLevels levels = scan_levels(params_.selector);
-        const BlockList all{s_.visited, blocks};
-        s_.pools.start_norm();
+        const BlockList all{s_.visited, visited_};
+        pools.start_sum();
         if (params_.selector == Selector::kBlock) {
-            score_blocks(s_.pools, levels.norm, all, Keep::kNorm);
-            score_blocks(s_.pools, levels.mass, all, Keep::kBlocks);
+            score_blocks(pools, levels.norm, all, Keep::kSum);
+            pools.take_norm(1);
+            pools.start_sum();
+            score_blocks(pools, levels.mass, all, wants_estimate() ? Keep::kBoth : Keep::kBlocks);
         } else {
-            score_blocks(s_.pools, levels.mass, all, Keep::kBoth);
+            score_blocks(pools, levels.mass, all, Keep::kBoth);
+            pools.take_norm(1);
         }
-        s_.pools.finish_norm();
-        std::fill(s_.ones, s_.ones + kMaxRows, 1.0f);
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t at = block * s_.pools.padded();
-            s_.tile_mass[block] = block_mass(s_.pools, s_.block_max + at, s_.ones, s_.mass);
-            if (wants_estimate())
-                block_mass(s_.pools, s_.block_max + at, s_.block_sum + at, s_.block_sum + at);
-        }
+        for (int64_t block = 0; block < visited_; ++block)
+            s_.tile_mass[block] =
+                block_mass(pools, s_.block_max + block * pools.padded(), s_.ones, s_.mass);
     }
 
     // ---- The list ----
@@ -247,16 +253,34 @@ class TileSelection {
         return count;
     }
 
-    // Keeps the candidates of largest mass in s_.order, ties to the lower index, ascending.
+    // Heavier blocks come first, of equal ones the lower index.
+    auto heavier() const {
+        return [mass = s_.tile_mass](int32_t a, int32_t b) {
+            return mass[a] > mass[b] || (mass[a] == mass[b] && a < b);
+        };
+    }
+
+    // Keeps the candidates of largest mass in s_.order, ascending.
     int64_t take_largest(int64_t candidates, int64_t width) {
         if (candidates <= width) return candidates;
-        const float* mass = s_.tile_mass;
-        std::nth_element(s_.order, s_.order + width, s_.order + candidates,
-                         [mass](int32_t a, int32_t b) {
-                             return mass[a] > mass[b] || (mass[a] == mass[b] && a < b);
-                         });
+        std::nth_element(s_.order, s_.order + width, s_.order + candidates, heavier());
         std::sort(s_.order, s_.order + width);
         return width;
+    }
+
+    // Drops the lightest blocks of s_.order that top_p can do without.
+    int64_t take_enough(int64_t count) {
+        if (params_.top_p == 0) return count;
+        std::sort(s_.order, s_.order + count, heavier());
+        const double spare = 1.0 - double{params_.top_p};
+        double dropped = 0;
+        while (count > 0) {
+            dropped += double{s_.tile_mass[s_.order[count - 1]]};
+            if (dropped > spare) break;
+            --count;
+        }
+        std::sort(s_.order, s_.order + count);
+        return count;
     }
 
     // Leaves the scan tile's shortlist in s_.shortlist.
@@ -267,11 +291,7 @@ class TileSelection {
         if (scans) scan();
         shortlisted_ = take_largest(eligible, width);
         std::copy(s_.order, s_.order + shortlisted_, s_.shortlist);
-        std::fill(s_.rest, s_.rest + kMaxRows, -INFINITY);
-        if (scans && wants_estimate()) {
-            walk(scan_tile_, shortlisted_);
-            sum_rest();
-        }
+        if (scans && wants_estimate()) sum_rest();
     }
 
     // Leaves what the tile may list of the shortlist in s_.order, and it with what the attention
@@ -281,34 +301,45 @@ class TileSelection {
         for (int64_t n = 0; n < shortlisted_; ++n)
             if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n]))
                 s_.order[count++] = s_.shortlist[n];
-        walk(tile_, count);
+        BlockWalk walk(anchor_blocks(p_.ranges(), tile_.span),
+                       window_blocks(p_.ranges(), tile_.span));
+        uint32_t errors = 0;  // none: the list is our own
+        walk.set_list(s_.order, count, count, tile_.blocks, &errors);
+        visited_ = 0;
+        for (BlockWalk::Step step; walk.next(&step);)
+            s_.visited[visited_++] = static_cast<int32_t>(step.block);
         return count;
     }
 
-    // Of the blocks in s_.order.
-    void walk(const QueryTile& tile, int64_t count) {
-        BlockWalk walk(anchor_blocks(p_.ranges(), tile.span),
-                       window_blocks(p_.ranges(), tile.span));
-        uint32_t errors = 0;  // none: the list is our own
-        walk.set_list(s_.order, count, count, tile.blocks, &errors);
-        walked_ = 0;
-        for (BlockWalk::Step step; walk.next(&step);)
-            s_.visited[walked_++] = static_cast<int32_t>(step.block);
+    // Another look at the shortlist, by the tile's own pooled queries: masses of short units, or of
+    // keys, relative to the short units of the walk. Returns how many candidates are in s_.order.
+    int64_t refine() {
+        if (shortlisted_ < 0) make_shortlist();
+        const int64_t candidates = take_shortlist();
+        ScoredRows& queries = s_.queries;
+        pool_queries(queries.rows, tile_, tile_pool());
+        queries.start_sum();
+        score_blocks(queries, kShortUnits, {s_.visited, visited_}, Keep::kBoth);
+        if (params_.refinement() == Refinement::kKeys) {
+            queries.take_norm(kShortUnits.keys);
+            weigh_keys(candidates);
+        } else {
+            queries.take_norm(1);
+            for (int64_t n = 0; n < visited_; ++n)
+                s_.tile_mass[s_.visited[n]] = block_mass(queries, n, s_.mass);
+        }
+        return candidates;
     }
 
-    // The query pairs' masses of the shortlisted blocks, from their fine units.
-    void refine(int64_t shortlisted) {
-        ScoredRows& queries = s_.queries;
-        const BlockList walked{s_.visited, walked_};
-        pool_queries(queries.rows, tile_, refinement_pool());
-        queries.start_norm();
-        score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);
-        queries.finish_norm();
-        // Beside the shortlist only the estimate looks at fine units.
-        const BlockList fine = wants_estimate() ? walked : BlockList{s_.order, shortlisted};
-        score_blocks(queries, kRefinementLevels.mass, fine, Keep::kBlocks);
-        for (int64_t n = 0; n < fine.count; ++n)
-            s_.tile_mass[fine.blocks[n]] = block_mass(queries, n, s_.mass);
+    void weigh_keys(int64_t candidates) {
+        const ScoredRows& queries = s_.queries;
+        for (int64_t n = 0; n < candidates; ++n) {
+            const int32_t block = s_.order[n];
+            s_.units.score_keys(params_, ops_, head_, queries.rows, block);
+            ops_.block_sums(s_.units.scores(), kBlockKeys, s_.units.mask().visible_end,
+                            queries.rows.panel_count(), s_.key_max, s_.key_sum);
+            s_.tile_mass[block] = block_mass(queries, s_.key_max, s_.key_sum, s_.mass);
+        }
     }
 
     void store_list(int64_t count) {
@@ -321,92 +352,58 @@ class TileSelection {
 
     // ---- What is left out, summed directly: one minus the rest would lose small shares ----
 
-    bool is_left_out(int64_t block) const {
-        return is_eligible(p_.ranges(), tile_.span, block) &&
-               !std::binary_search(s_.order, s_.order + taken_, static_cast<int32_t>(block));
+    // Does the attention walk the block when s_.order or s_.shortlist is what it lists?
+    static bool is_walked(const RangeBlocks& beside, const int32_t* list, int64_t count,
+                          int64_t block) {
+        return beside.contains(static_cast<int>(block)) ||
+               std::binary_search(list, list + count, static_cast<int32_t>(block));
     }
 
-    // Each pool's sum over the middle units outside the scan tile's walk, from the masses of the
-    // scan.
+    // Leaves in s_.sums each row's sum over the scored blocks that a walk leaves out, in units of
+    // exp(s_.base).
+    void sum_unwalked(const ScoredRows& scored, const QueryTile& tile, const int32_t* list,
+                      int64_t count) {
+        for (int row = 0; row < kMaxRows; ++row)
+            s_.base[row] = std::isfinite(scored.state->max[row]) ? scored.state->max[row] : 0.0f;
+        std::fill(s_.sums, s_.sums + kMaxRows, 0.0);
+        const RangeBlocks beside(p_.ranges(), tile.span);
+        for (int64_t n = 0; n < visited_; ++n) {
+            if (is_walked(beside, list, count, s_.visited[n])) continue;
+            const int64_t at = n * scored.padded();
+            ops_.block_mass(s_.block_max + at, s_.block_sum + at, s_.base, s_.ones,
+                            scored.rows.panel_count(), s_.mass);
+            for (int row = 0; row < scored.rows.count; ++row) s_.sums[row] += double{s_.mass[row]};
+        }
+    }
+
+    // What the scan's pooled queries saw outside the scan tile's walk; NaN after a NaN or +inf.
     void sum_rest() {
-        const ScoredRows& pools = s_.pools;
-        std::fill(s_.total, s_.total + kMaxRows, 0.0);
-        int64_t next = 0;
-        for (int64_t block = 0; block < scan_tile_.blocks; ++block) {
-            if (next < walked_ && s_.visited[next] == block) {
-                ++next;
-                continue;
-            }
-            const float* mass = s_.block_sum + block * pools.padded();
-            for (int pool = 0; pool < pools.rows.count; ++pool)
-                s_.total[pool] += double{mass[pool]};
+        sum_unwalked(s_.pools, scan_tile_, s_.shortlist, shortlisted_);
+        for (int pool = 0; pool < s_.pools.rows.count; ++pool) {
+            const bool is_number = !std::isnan(s_.pools.state->sum[pool]);
+            s_.rest[pool] = is_number ? std::log(s_.sums[pool]) + double{s_.base[pool]} : NAN;
         }
-        for (int pool = 0; pool < pools.rows.count; ++pool)
-            if (s_.total[pool] > 0)
-                s_.rest[pool] =
-                    static_cast<float>(std::log(s_.total[pool] / double{pools.norm_inverse[pool]}) +
-                                       double{pools.norm_max[pool]});
     }
 
-    void estimate_scanned() {
-        const ScoredRows& pools = s_.pools;
-        std::fill(s_.omitted, s_.omitted + kMaxRows, 0.0);
-        for (int64_t block = 0; block < tile_.blocks; ++block) {
-            if (!is_left_out(block)) continue;
-            const float* mass = s_.block_sum + block * pools.padded();
-            for (int pool = 0; pool < pools.rows.count; ++pool)
-                s_.omitted[pool] += double{mass[pool]};
-        }
-        store_estimate([&](int64_t g, int64_t i) { return s_.omitted[scanned_pool(g, i)]; });
-    }
-
-    // Fine units inside the walk; outside of it four times the middle ones of the pool, which stand
-    // for sixteen keys where fine ones stand for four.
-    void estimate_refined() {
-        const ScoredRows& queries = s_.queries;
-        choose_bases();
-        std::fill(s_.omitted, s_.omitted + kMaxRows, 0.0);
-        std::fill(s_.total, s_.total + kMaxRows, 0.0);
-        for (int64_t n = 0; n < walked_; ++n) {
-            block_mass(queries, n, s_.mass);
-            const bool left_out = is_left_out(s_.visited[n]);
-            for (int row = 0; row < queries.rows.count; ++row) {
-                s_.total[row] += double{s_.mass[row]};
-                if (left_out) s_.omitted[row] += double{s_.mass[row]};
-            }
-        }
+    // The share of blocks that the attention does not walk in all that was seen of the keys: by the
+    // units scored last, and beyond them by the scan.
+    void estimate(const ScoredRows& scored) {
+        sum_unwalked(scored, tile_, s_.order, taken_);
         store_estimate([&](int64_t g, int64_t i) {
-            const int64_t row = pool_of(tile_, refinement_pool(), g, i);
-            const double rest =
-                4 * std::exp(double{s_.rest[scanned_pool(g, i)]} - double{queries.norm_max[row]});
-            const double total = s_.total[row] + rest;
-            return total > 0 ? (s_.omitted[row] + rest) / total : 0.0;
+            const int64_t row = pool_of(tile_, tile_pool(), g, i);
+            const double max = double{scored.state->max[row]};
+            const double rest = s_.rest[pool_of(scan_tile_, scan_pool(), g, i)];
+            const double base = std::max(max, rest);
+            const double seen = std::exp(max - base), unseen = std::exp(rest - base);
+            const double total = double{scored.state->sum[row]} * seen + unseen;
+            // 0 where nothing is visible, and where NaN or +inf is.
+            return total > 0 ? (s_.sums[row] * seen + unseen) / total : 0.0;
         });
-    }
-
-    // Replaces the norms by 1 in units of each row's largest exponential.
-    void choose_bases() {
-        ScoredRows& queries = s_.queries;
-        std::fill(queries.norm_inverse, queries.norm_inverse + kMaxRows, 1.0f);
-        const int64_t padded = queries.padded();
-        const int64_t size = refinement_pool();
-        const int64_t per_head = ceil_div(tile_.end - tile_.begin, size);
-        for (int64_t row = 0; row < queries.rows.count; ++row) {
-            const int64_t i = tile_.begin + row % per_head * size, g = row / per_head;
-            float base = s_.rest[scanned_pool(g, i)];
-            for (int64_t n = 0; n < walked_; ++n)
-                if (s_.block_sum[n * padded + row] > 0)
-                    base = std::max(base, s_.block_max[n * padded + row]);
-            queries.norm_max[row] = std::isfinite(base) ? base : 0.0f;
-        }
     }
 
     // Row of the pool that query i of the group's head g is in.
     static int64_t pool_of(const QueryTile& tile, int size, int64_t g, int64_t i) {
         return g * ceil_div(tile.end - tile.begin, size) + (i - tile.begin) / size;
-    }
-    int64_t scanned_pool(int64_t g, int64_t i) const {
-        return pool_of(scan_tile_, scan_pool(), g, i);
     }
 
     // `share(g, i)` is what query i of the group's head g leaves out.
@@ -428,7 +425,7 @@ class TileSelection {
     QueryTile scan_tile_, tile_;
     int64_t list_ = 0;
     int64_t shortlisted_ = -1;  // blocks; -1: not yet
-    int64_t walked_ = 0;
+    int64_t visited_ = 0;       // blocks whose units were scored last
     int64_t taken_ = 0;
 };
 

@@ -66,7 +66,7 @@ void summarise_block(const BlockSummaryParams& p, const TileOps& ops, int64_t it
     } else if (p.selector == Selector::kMean) {
         store_units(p, kMeanUnits, item, keys, mean_unit, scratch);
     } else {
-        for (UnitLevel level : {kFineUnits, kMiddleUnits, kCoarseUnits})
+        for (UnitLevel level : {kShortUnits, kCoarseUnits})
             store_units(p, level, item, keys, mean_unit, scratch);
     }
 }

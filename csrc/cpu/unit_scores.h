@@ -1,9 +1,10 @@
-// Scores of a tile's rows against the summary units of some blocks, 64 units at a time.
+// Scores of a tile's rows against the summary units of some blocks, 64 units at a time, or against
+// the keys of one.
 #pragma once
 
 #include <algorithm>
 
-#include "cpu/query_rows.h"
+#include "cpu/row_mask.h"
 
 namespace condensate::cpu {
 
@@ -29,7 +30,7 @@ class UnitScores {
           mask_(arena.take<RowMask>(1)) {}
 
     float* scores() { return scores_; }
-    // Its visible_end says how many units of the tile each row sees; they come first.
+    // Its visible_end says how many units or keys of the tile each row sees; they come first.
     const RowMask& mask() const { return *mask_; }
 
     // Calls visit(n) with every tile of units, n being the first of its blocks in `list`.
@@ -46,6 +47,17 @@ class UnitScores {
             set_visible(level, rows, list.blocks + n, count);
             visit(n);
         }
+    }
+
+    // The keys of one block, as one tile.
+    void score_keys(const BlockSelectParams& params, const TileOps& ops, int64_t head,
+                    const QueryRows& rows, int64_t block) {
+        const Problem& p = params.problem;
+        const int dim = static_cast<int>(dim_);
+        load_tile(ops, p, params.key, head / p.kv_heads, head % p.kv_heads, block * kBlockKeys, dim,
+                  units_);
+        ops.score(rows.panels, units_, dim, dim, rows.panel_count(), p.scale, scores_);
+        fill_mask(p.ranges(), rows, block, /*listed=*/true, nullptr, nullptr, mask_);
     }
 
   private:

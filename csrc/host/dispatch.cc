@@ -55,7 +55,9 @@ PlanRequest request_of(const BlockSelectParams& p) {
     request.selector = p.selector;
     request.topk = p.max_blocks * kBlockKeys;
     request.max_blocks = p.max_blocks;
-    request.aligned = is_aligned16(p.query, p.problem.dtype) && is_aligned16(p.summaries);
+    const bool reads_keys = p.refinement() == Refinement::kKeys;
+    request.aligned = is_aligned16(p.query, p.problem.dtype) && is_aligned16(p.summaries) &&
+                      (!reads_keys || is_aligned16(p.key, p.problem.dtype));
     return request;
 }
 
@@ -361,6 +363,8 @@ Status plan_call(const PlanRequest& request, const Executor& executor, Plan* pla
     params.problem = request.problem;
     params.selector = request.selector;
     params.max_blocks = plan->list_width;
+    // attention gives the keys; for the size it only counts that there are some.
+    if (request.stage == Stage::kAttention) params.key.data = &request;
     plan->workspace_bytes = cuda_workspace_bytes(params, plan->path, facts.sm_count);
     return {};
 }

@@ -131,6 +131,14 @@ Status check_width(const char* op, int64_t max_blocks) {
                        op, static_cast<LL>(max_blocks), kBlockKeys);
 }
 
+Status check_top_p(const char* op, float top_p) {
+    if (top_p >= 0 && top_p <= 1) return {};  // not NaN
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: top_p is %g, expected 0 < top_p <= 1, or 0 for none; pass the share of "
+                       "the mass that lists must hold.",
+                       op, static_cast<double>(top_p));
+}
+
 struct Counts {
     explicit Counts(const Problem& p)
         : rows(p.batch * p.query_heads * p.query_len),
@@ -236,6 +244,8 @@ Status validate(const BlockSelectParams& p) {
     status = check_block_selector(op, p.selector);
     if (!status.ok()) return status;
     status = check_width(op, p.max_blocks);
+    if (!status.ok()) return status;
+    status = check_top_p(op, p.top_p);
     if (!status.ok()) return status;
     Counts n(p.problem);
     int64_t rows =

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -41,7 +42,8 @@ struct Tile {
         const Problem& p = params.problem;
         return scan_pool_size(params.selector, p.group(), p.kv_len);
     }
-    int refinement_pool() const { return pool_size(params.problem.group(), kRefinementPool); }
+    int tile_pool() const { return pool_size(params.problem.group()); }
+    int64_t budget() const { return params.head_blocks(kv_head); }
     Ranges ranges() const { return params.problem.ranges(); }
     int64_t first_head() const { return kv_head * params.problem.group(); }
     int64_t end_head() const { return first_head() + params.problem.group(); }
@@ -126,54 +128,59 @@ Acc log_sum_of(const Tile& t, const Query& query, UnitLevel level, const Blocks&
     return log_sum(scores);
 }
 
-// Of every block in turn; one that is NaN has no mass.
+// The same over the keys of a block that the query sees.
 template <class Acc>
-std::vector<Acc> block_log_sums(const Tile& t, const Query& query, UnitLevel level,
-                                const Blocks& blocks) {
-    std::vector<Acc> sums;
-    for (int64_t block : blocks) {
-        Acc sum = log_sum_of<Acc>(t, query, level, {block});
-        sums.push_back(sum == sum ? sum : -std::numeric_limits<Acc>::infinity());
+Acc log_sum_of_keys(const Tile& t, const Query& query, int64_t block) {
+    const Problem& p = t.params.problem;
+    const int64_t begin = block * kBlockKeys, end = min_i64(begin + kBlockKeys, p.kv_len);
+    std::vector<Acc> scores;
+    for (int64_t j = begin; j < end; ++j) {
+        if (!is_visible(p.ranges(), query.position, j)) continue;
+        const Row key = row_of(t.params.key, p.dtype, t.b, t.kv_head, j);
+        scores.push_back(static_cast<Acc>(p.scale) * dot<Acc>(query.vector, key, p.head_dim));
     }
-    return sums;
+    return log_sum(scores);
 }
 
-// Of every block in turn the largest score; NaN is none.
+// The block's largest score; NaN is none.
 template <class Acc>
-std::vector<Acc> block_largest(const Tile& t, const Query& query, UnitLevel level,
-                               const Blocks& blocks) {
-    std::vector<Acc> largest;
-    for (int64_t block : blocks) {
-        std::vector<Acc> scores;
-        add_scores(t, query, level, block, &scores);
-        largest.push_back(-std::numeric_limits<Acc>::infinity());
-        for (Acc score : scores)
-            if (score > largest.back()) largest.back() = score;
-    }
+Acc hottest(const Tile& t, const Query& query, UnitLevel level, int64_t block) {
+    std::vector<Acc> scores;
+    add_scores(t, query, level, block, &scores);
+    Acc largest = -std::numeric_limits<Acc>::infinity();
+    for (Acc score : scores)
+        if (score > largest) largest = score;
     return largest;
 }
 
 // exp(part - whole) as the definition bounds it.
 template <class Acc>
 Acc mass_of(Acc part, Acc whole) {
-    if (!std::isfinite(whole)) return 0;
+    if (!std::isfinite(whole) || part != part) return 0;
     return std::min(std::exp(part - whole), static_cast<Acc>(std::numeric_limits<float>::max()));
 }
 
-// The largest mass over the queries of every block of `blocks`, relative to the units of `whole`.
-// log_of(query, level, blocks) is what a block's units come to, as logarithms.
+template <class Acc>
+struct Weighed {
+    int64_t block;
+    Acc mass;
+};
+template <class Acc>
+using WeighedBlocks = std::vector<Weighed<Acc>>;
+
+// The largest mass over the queries of every block of `blocks`, relative to the norm units of
+// `whole`. log_of(query, block) is what a block comes to, as a logarithm.
 template <class Acc, class LogOf>
-std::vector<Acc> largest_masses(const Tile& t, const std::vector<Query>& queries,
-                                ScoringLevels levels, const Blocks& whole, const Blocks& blocks,
-                                const LogOf& log_of) {
-    std::vector<Acc> largest(blocks.size(), 0);
+WeighedBlocks<Acc> weigh(const Tile& t, const std::vector<Query>& queries, UnitLevel norm,
+                         const Blocks& whole, const Blocks& blocks, const LogOf& log_of) {
+    WeighedBlocks<Acc> weighed;
+    for (int64_t block : blocks) weighed.push_back({block, 0});
     for (const Query& query : queries) {
-        const Acc norm = log_sum_of<Acc>(t, query, levels.norm, whole);
-        const std::vector<Acc> parts = log_of(t, query, levels.mass, blocks);
-        for (size_t n = 0; n < blocks.size(); ++n)
-            largest[n] = std::max(largest[n], mass_of(parts[n], norm));
+        const Acc sum = log_sum_of<Acc>(t, query, norm, whole);
+        for (Weighed<Acc>& w : weighed)
+            w.mass = std::max(w.mass, mass_of<Acc>(log_of(query, w.block), sum));
     }
-    return largest;
+    return weighed;
 }
 
 // ---- Choosing ----
@@ -195,86 +202,117 @@ bool contains(const Blocks& blocks, int64_t block) {
     return std::binary_search(blocks.begin(), blocks.end(), block);
 }
 
-// The `width` blocks of largest mass, ties to the lower index.
-template <class Acc>
-Blocks heaviest(const Blocks& blocks, const std::vector<Acc>& mass, int64_t width) {
-    std::vector<size_t> order(blocks.size());
-    for (size_t n = 0; n < order.size(); ++n) order[n] = n;
-    std::stable_sort(order.begin(), order.end(),
-                     [&](size_t x, size_t y) { return mass[x] > mass[y]; });
-    Blocks taken;
-    for (size_t n = 0; n < order.size() && static_cast<int64_t>(n) < width; ++n)
-        taken.push_back(blocks[order[n]]);
-    std::sort(taken.begin(), taken.end());
-    return taken;
+Blocks common(const Blocks& a, const Blocks& b) {
+    Blocks blocks;
+    std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(blocks));
+    return blocks;
 }
 
-// The `width` eligible blocks whose hottest units weigh most for the scan tile's pooled queries.
-template <class Acc>
-Blocks scan(const Tile& t, const Blocks& eligible, int64_t width) {
-    if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
-    const std::vector<Query> pools = pooled_queries<Acc>(t, t.scan_pool());
-    return heaviest(eligible,
-                    largest_masses<Acc>(t, pools, scan_levels(t.params.selector), all_blocks(t),
-                                        eligible, block_largest<Acc>),
-                    width);
+Blocks without(const Blocks& a, const Blocks& b) {
+    Blocks blocks;
+    std::set_difference(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(blocks));
+    return blocks;
 }
 
-// W: the shortlist and what the attention walks beside it.
-Blocks walked_blocks(const Tile& t, const Blocks& shortlist) {
+// What the attention walks: `listed` and the blocks of anchors and windows.
+Blocks walked_blocks(const Tile& t, const Blocks& listed) {
     const BlockRange anchors = anchor_blocks(t.ranges(), t.span);
     const BlockRange window = window_blocks(t.ranges(), t.span);
     Blocks walked;
     for (int64_t block : all_blocks(t))
-        if (contains(shortlist, block) || (block >= anchors.begin && block < anchors.end) ||
+        if (contains(listed, block) || (block >= anchors.begin && block < anchors.end) ||
             (block >= window.begin && block < window.end))
             walked.push_back(block);
     return walked;
 }
 
-// The `width` shortlisted blocks that pairs of queries find heaviest.
+// The `width` blocks of largest mass, heaviest first, ties to the lower index.
 template <class Acc>
-Blocks refine(const Tile& t, const Blocks& shortlist, int64_t width) {
-    const std::vector<Query> queries = pooled_queries<Acc>(t, t.refinement_pool());
-    return heaviest(shortlist,
-                    largest_masses<Acc>(t, queries, kRefinementLevels, walked_blocks(t, shortlist),
-                                        shortlist, block_log_sums<Acc>),
-                    width);
+WeighedBlocks<Acc> heaviest(WeighedBlocks<Acc> weighed, int64_t width) {
+    std::stable_sort(weighed.begin(), weighed.end(),
+                     [](const auto& x, const auto& y) { return x.mass > y.mass; });
+    if (static_cast<int64_t>(weighed.size()) > width) weighed.resize(static_cast<size_t>(width));
+    return weighed;
+}
+
+// Leaves out the last ones as long as their masses add up to at most 1 - top_p.
+template <class Acc>
+WeighedBlocks<Acc> enough(WeighedBlocks<Acc> weighed, float top_p) {
+    if (top_p == 0) return weighed;
+    Acc left_out = 0;
+    while (!weighed.empty()) {
+        left_out += weighed.back().mass;
+        if (left_out > 1 - static_cast<Acc>(top_p)) break;
+        weighed.pop_back();
+    }
+    return weighed;
+}
+
+template <class Acc>
+Blocks ascending(const WeighedBlocks<Acc>& weighed) {
+    Blocks blocks;
+    for (const Weighed<Acc>& w : weighed) blocks.push_back(w.block);
+    std::sort(blocks.begin(), blocks.end());
+    return blocks;
+}
+
+// What the blocks' hottest units weigh for the pooled queries of a scan tile.
+template <class Acc>
+WeighedBlocks<Acc> scan(const Tile& s, const Blocks& blocks) {
+    const ScoringLevels levels = scan_levels(s.params.selector);
+    return weigh<Acc>(
+        s, pooled_queries<Acc>(s, s.scan_pool()), levels.norm, all_blocks(s), blocks,
+        [&](const Query& q, int64_t block) { return hottest<Acc>(s, q, levels.mass, block); });
+}
+
+// A scan tile's shortlist: all its eligible blocks when there are no more.
+template <class Acc>
+Blocks make_shortlist(const Tile& s) {
+    const Blocks eligible = eligible_blocks(s);
+    const int64_t width = shortlist_width(s.params.max_blocks);
+    if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
+    return ascending(heaviest(scan<Acc>(s, eligible), width));
+}
+
+// The shares of W, `walked`, that the tile's pooled queries find in the shortlisted blocks.
+template <class Acc>
+WeighedBlocks<Acc> refine(const Tile& t, const Blocks& shortlist, const Blocks& walked) {
+    auto by_units = [&](const Query& q, int64_t block) {
+        return log_sum_of<Acc>(t, q, kShortUnits, {block});
+    };
+    auto by_keys = [&](const Query& q, int64_t block) {  // a unit stands for eight keys
+        return log_sum_of_keys<Acc>(t, q, block) - std::log(static_cast<Acc>(kShortUnits.keys));
+    };
+    const std::vector<Query> queries = pooled_queries<Acc>(t, t.tile_pool());
+    return t.params.refinement() == Refinement::kKeys
+               ? weigh<Acc>(t, queries, kShortUnits, walked, shortlist, by_keys)
+               : weigh<Acc>(t, queries, kShortUnits, walked, shortlist, by_units);
+}
+
+// A list, and what is known of the other blocks.
+struct Choice {
+    Blocks listed;
+    Blocks seen;    // scored by the tile's own pooled queries: all, W with a refinement
+    Blocks unseen;  // outside the scan tile's W: scored by its pooled queries
+};
+
+// The choice among more eligible blocks than the list holds.
+template <class Acc>
+Choice choose(const Tile& t, const Blocks& eligible) {
+    auto list_of = [&](const WeighedBlocks<Acc>& weighed) {
+        return ascending(enough(heaviest(weighed, t.budget()), t.params.top_p));
+    };
+    if (t.params.refinement() == Refinement::kNone)
+        return {list_of(scan<Acc>(t, eligible)), all_blocks(t), {}};
+    const Tile s = t.scan_tile();
+    const Blocks scanned = make_shortlist<Acc>(s);
+    const Blocks shortlist = common(scanned, eligible);
+    const Blocks walked = walked_blocks(t, shortlist);
+    return {list_of(refine<Acc>(t, shortlist, walked)), walked,
+            without(all_blocks(t), walked_blocks(s, scanned))};
 }
 
 // ---- What is left out ----
-
-// A pooled query's share outside the list, from the scores of the scan.
-template <class Acc>
-Acc scanned_omission(const Tile& t, const Query& pooled, const Blocks& left_out) {
-    const ScoringLevels levels = scan_levels(t.params.selector);
-    return mass_of(log_sum(block_log_sums<Acc>(t, pooled, levels.mass, left_out)),
-                   log_sum_of<Acc>(t, pooled, levels.norm, all_blocks(t)));
-}
-
-// What was seen of all blocks while a list was made.
-struct Looks {
-    Blocks walked;    // W
-    Blocks unwalked;  // outside the scan tile's W
-};
-
-// A query's share outside the list: fine units inside W, and outside of the scan tile's four times
-// the middle units of its pooled query, which stand for sixteen keys where fine ones stand for
-// four.
-template <class Acc>
-Acc refined_omission(const Tile& t, const Query& query, const Query& pooled, const Blocks& left_out,
-                     const Looks& looks) {
-    Blocks left_in_walk;
-    for (int64_t block : left_out)
-        if (contains(looks.walked, block)) left_in_walk.push_back(block);
-    const Acc rest =
-        std::log(Acc{4}) + log_sum(block_log_sums<Acc>(t, pooled, kMiddleUnits, looks.unwalked));
-    std::vector<Acc> all = block_log_sums<Acc>(t, query, kFineUnits, looks.walked);
-    std::vector<Acc> left = block_log_sums<Acc>(t, query, kFineUnits, left_in_walk);
-    all.push_back(rest);
-    left.push_back(rest);
-    return mass_of(log_sum(left), log_sum(all));
-}
 
 // The mean of the tile's pool of `size` queries that query i of head h belongs to.
 template <class Acc>
@@ -283,22 +321,27 @@ Query pool_around(const Tile& t, int64_t h, int64_t i, int64_t size) {
     return pool<Acc>(t, h, first, min_i64(first + size, t.end));
 }
 
+// The share of query i of head h in blocks that the attention does not walk.
 template <class Acc>
-void store_estimate(const Tile& t, const Blocks& left_out, const Looks& looks) {
+Acc omitted_share(const Tile& t, int64_t h, int64_t i, const Choice& choice) {
+    const UnitLevel level = scan_levels(t.params.selector).mass;
+    const Query query = pool_around<Acc>(t, h, i, t.tile_pool());
+    const Query scanned = pool_around<Acc>(t.scan_tile(), h, i, t.scan_pool());
+    const Blocks unwalked = without(choice.seen, walked_blocks(t, choice.listed));
+    const Acc rest = log_sum_of<Acc>(t, scanned, level, choice.unseen);
+    return mass_of(log_sum<Acc>({log_sum_of<Acc>(t, query, level, unwalked), rest}),
+                   log_sum<Acc>({log_sum_of<Acc>(t, query, level, choice.seen), rest}));
+}
+
+// share(h, i) is what query i of head h leaves out.
+template <class Share>
+void store_estimate(const Tile& t, const Share& share) {
     const Problem& p = t.params.problem;
+    if (t.params.omitted_mass_estimate == nullptr) return;
     for (int64_t h = t.first_head(); h < t.end_head(); ++h)
-        for (int64_t i = t.begin; i < t.end; ++i) {
-            Acc omitted = 0;
-            if (!left_out.empty()) {
-                const Query scanned = pool_around<Acc>(t.scan_tile(), h, i, t.scan_pool());
-                const Query refined = pool_around<Acc>(t, h, i, t.refinement_pool());
-                omitted = t.params.selector == Selector::kBlock
-                              ? refined_omission<Acc>(t, refined, scanned, left_out, looks)
-                              : scanned_omission<Acc>(t, scanned, left_out);
-            }
+        for (int64_t i = t.begin; i < t.end; ++i)
             t.params.omitted_mass_estimate[(t.b * p.query_heads + h) * p.query_len + i] =
-                static_cast<float>(omitted);
-        }
+                static_cast<float>(share(h, i));
 }
 
 void store_list(const Tile& t, const Blocks& taken) {
@@ -308,36 +351,17 @@ void store_list(const Tile& t, const Blocks& taken) {
         indices[n] = n < taken.size() ? static_cast<int32_t>(taken[n]) : -1;
 }
 
-// The list of more eligible blocks than it holds.
-template <class Acc>
-Blocks choose(const Tile& t, const Blocks& eligible, Looks* looks) {
-    const int64_t width = t.params.max_blocks;
-    if (t.params.selector != Selector::kBlock) return scan<Acc>(t, eligible, width);
-    const Tile s = t.scan_tile();
-    const Blocks scanned = scan<Acc>(s, eligible_blocks(s), shortlist_width(width));
-    Blocks shortlist;
-    for (int64_t block : scanned)
-        if (contains(eligible, block)) shortlist.push_back(block);
-    looks->walked = walked_blocks(t, shortlist);
-    const Blocks walked = walked_blocks(s, scanned);
-    for (int64_t block : all_blocks(t))
-        if (!contains(walked, block)) looks->unwalked.push_back(block);
-    return refine<Acc>(t, shortlist, width);
-}
-
 template <class Acc>
 void select_tile(const Tile& t) {
     const Blocks eligible = eligible_blocks(t);
-    Blocks taken = eligible;
-    Looks looks;
-    if (static_cast<int64_t>(eligible.size()) > t.params.max_blocks)
-        taken = choose<Acc>(t, eligible, &looks);
-    store_list(t, taken);
-    if (t.params.omitted_mass_estimate == nullptr) return;
-    Blocks left_out;
-    for (int64_t block : eligible)
-        if (!contains(taken, block)) left_out.push_back(block);
-    store_estimate<Acc>(t, left_out, looks);
+    if (static_cast<int64_t>(eligible.size()) <= t.budget()) {
+        store_list(t, eligible);
+        store_estimate(t, [](int64_t, int64_t) { return 0; });
+        return;
+    }
+    const Choice choice = choose<Acc>(t, eligible);
+    store_list(t, choice.listed);
+    store_estimate(t, [&](int64_t h, int64_t i) { return omitted_share<Acc>(t, h, i, choice); });
 }
 
 struct Candidate {

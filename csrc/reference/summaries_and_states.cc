@@ -38,7 +38,7 @@ void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, UnitLevel
 std::vector<UnitLevel> levels_of(Selector selector) {
     if (selector == Selector::kQuest) return {kQuestUnits};
     if (selector == Selector::kMean) return {kMeanUnits};
-    return {kFineUnits, kMiddleUnits, kCoarseUnits};
+    return {kShortUnits, kCoarseUnits};
 }
 
 }  // namespace

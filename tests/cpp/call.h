@@ -187,10 +187,11 @@ struct Call {
             EXPECT_TRUE(condensate::block_summaries(p, Executor{}).ok());
             *targets[which] = summaries;
         }
-        const int64_t count =
-            2 * problem.batch * problem.kv_heads * num_far_pools(problem.kv_len) * problem.head_dim;
-        pool_sums.assign(static_cast<size_t>(count), NAN);
-        pool_means.assign(static_cast<size_t>(count * dtype_bytes(problem.dtype)), 0xff);
+        const int64_t count = 2 * problem.batch * problem.kv_heads * problem.head_dim;
+        const int64_t mean_bytes =
+            count * num_far_pools(problem.kv_len) * dtype_bytes(problem.dtype);
+        pool_sums.assign(static_cast<size_t>(count * num_far_sums(problem.kv_len)), NAN);
+        pool_means.assign(static_cast<size_t>(mean_bytes), 0xff);
         FarPoolsParams p;
         p.dtype = problem.dtype;
         p.batch = problem.batch;
@@ -221,6 +222,9 @@ struct Call {
         p.block_indices = block_indices.data();
         p.block_counts = block_counts.data();
         p.omitted_mass_estimate = estimate.data();
+        if (refines_by_keys) p.key = key.view;
+        if (!head_keys.empty()) p.head_keys = head_keys.data();
+        p.top_p = top_p;
         return p;
     }
 
@@ -242,6 +246,9 @@ struct Call {
     Problem problem;
     Tensor query, key, value;
     int64_t max_blocks = 0;
+    bool refines_by_keys = false;    // select_blocks is given the keys
+    std::vector<int32_t> head_keys;  // budgets of select_blocks, if any
+    float top_p = 0.0f;
     std::vector<unsigned char> out, summaries, key_means, value_means, pool_means;
     std::vector<int32_t> block_indices, block_counts, tie_index;
     std::vector<float> lse, threshold, lse_full, estimate, omitted, pool_sums;

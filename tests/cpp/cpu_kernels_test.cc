@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <utility>
 
 #include <gtest/gtest.h>
 
@@ -249,7 +250,7 @@ TEST(CpuBlockSelect, SummariesMatchTheReference) {
     }
 }
 
-// Lists may differ where two masses agree to rounding; their masses must not.
+// Lists may differ where two masses agree to rounding, or top_p is met to rounding.
 void expect_the_reference(const Shape& shape, Call& c, Selector selector, int64_t width,
                           int64_t* different) {
     ASSERT_TRUE(cpu::block_summaries(c.block_summaries(selector), threaded()).ok());
@@ -261,7 +262,9 @@ void expect_the_reference(const Shape& shape, Call& c, Selector selector, int64_
     ASSERT_TRUE(cpu::select_blocks(listed, Executor{}).ok());
     ASSERT_EQ(indices, c.block_indices) << "the estimate changes the list: " << describe(shape);
     reference::select_blocks<double>(c.select_blocks(selector, width));
-    ASSERT_EQ(counts, c.block_counts) << describe(shape);
+    if (c.top_p == 0) {
+        ASSERT_EQ(counts, c.block_counts) << describe(shape);
+    }
     for (int64_t list = 0; list < c.lists(); ++list) {
         auto begin = indices.begin() + list * width;
         *different += !std::equal(begin, begin + width, c.block_indices.begin() + list * width);
@@ -271,6 +274,15 @@ void expect_the_reference(const Shape& shape, Call& c, Selector selector, int64_
         ASSERT_NEAR(estimate[row], c.estimate[row], 2e-5) << describe(shape) << " row " << row;
 }
 
+// Budgets per head and a top_p, each in half of the calls.
+void draw_budgets(std::mt19937& random, Call* c) {
+    const float shares[] = {1.0f, 0.99f, 0.7f, 0.2f};
+    if (random() % 2 == 0) c->top_p = shares[random() % 4];
+    if (random() % 2 == 0) return;
+    for (int64_t head = 0; head < c->problem.kv_heads; ++head)
+        c->head_keys.push_back(static_cast<int32_t>(random() % 500) - 50);
+}
+
 TEST(CpuBlockSelect, ListsAndEstimatesMatchTheReference) {
     std::mt19937 random(15);
     int64_t lists = 0, different = 0;
@@ -278,6 +290,7 @@ TEST(CpuBlockSelect, ListsAndEstimatesMatchTheReference) {
         Shape shape = random_shape(random, 700);
         Call c(shape, 900 + static_cast<uint32_t>(n));
         const int64_t width = static_cast<int64_t>(random() % 6);
+        draw_budgets(random, &c);
         expect_the_reference(shape, c, static_cast<Selector>(n % 3), width, &different);
         if (::testing::Test::HasFatalFailure()) return;
         lists += c.lists();
@@ -286,25 +299,150 @@ TEST(CpuBlockSelect, ListsAndEstimatesMatchTheReference) {
     EXPECT_LE(different, lists / 200);
 }
 
-// More eligible blocks than a shortlist holds, so that the scan decides.
-TEST(CpuBlockSelect, ShortlistsMatchTheReference) {
+// More eligible blocks than a shortlist holds, so that scan and refinement both decide.
+TEST(CpuBlockSelect, RefinementByKeysMatchesTheReference) {
     std::mt19937 random(17);
     int64_t lists = 0, different = 0;
-    for (int n = 0; n < 24; ++n) {
+    for (int n = 0; n < 48; ++n) {
         Shape shape = random_shape(random, 60);
-        shape.kv_len =
-            64 * (67 + static_cast<int64_t>(random() % 40)) + static_cast<int64_t>(random() % 64);
-        shape.query_len = 1 + static_cast<int64_t>(random() % 20);
+        shape.kv_len = 1 + static_cast<int64_t>(random() % (64 * 110));
+        shape.query_len = 1;
         shape.head_dim = 16;
-        shape.batch = 1;
         Call c(shape, 1300 + static_cast<uint32_t>(n));
+        c.refines_by_keys = true;
+        draw_budgets(random, &c);
         const int64_t widths[] = {0, 1, 7, 40};
         expect_the_reference(shape, c, Selector::kBlock, widths[n % 4], &different);
         if (::testing::Test::HasFatalFailure()) return;
         lists += c.lists();
     }
-    EXPECT_GT(lists, 24);
+    EXPECT_GT(lists, 48);
     EXPECT_LE(different, 1);
+}
+
+// Tiles that share a scan are refined by units, a single query without keys too.
+TEST(CpuBlockSelect, RefinementByUnitsMatchesTheReference) {
+    std::mt19937 random(18);
+    int64_t lists = 0, different = 0;
+    for (DType dtype : {DType::kFloat32, DType::kFloat16})
+        for (int64_t query_len : {1, 140}) {
+            Shape shape{dtype, 1, 2, 2, query_len, kScanKeys + 100, 8, 100, 70, true, 0};
+            if (query_len == 1) shape.causal = false;
+            Call c(shape, 1400);
+            // The last window weighs much, so it shows where the scan tile's walk counts it.
+            for (int64_t j = kScanKeys + 64; j < shape.kv_len; ++j)
+                for (int64_t d = 0; d < 8; ++d) c.key.set(0, 0, j, d, 30.0f);
+            ASSERT_EQ(c.select_blocks(Selector::kBlock, 1).refinement(), Refinement::kUnits);
+            draw_budgets(random, &c);
+            expect_the_reference(shape, c, Selector::kBlock, 20, &different);
+            if (::testing::Test::HasFatalFailure()) return;
+            lists += c.lists();
+        }
+    EXPECT_EQ(lists, 16);
+    EXPECT_EQ(different, 0);
+}
+
+// Masses of four blocks are 1/2, 1/4, 1/8 and 1/8 of the walk: what top_p needs is known.
+struct KnownMasses {
+    explicit KnownMasses(DType dtype) : call({dtype, 1, 2, 1, 1, 64 * 4, 8, 0, 0, true, 0}) {
+        call.problem.scale = 1.0f;
+        call.query.fill([](int64_t, int64_t, int64_t, int64_t d) { return d == 0 ? 1.0f : 0.0f; });
+        const float doubled = std::log(2.0f);
+        const float score[] = {0, 2 * doubled, doubled, 0};
+        call.key.fill([&](int64_t, int64_t, int64_t j, int64_t) { return score[j / 64]; });
+        call.refines_by_keys = true;
+        EXPECT_TRUE(cpu::block_summaries(call.block_summaries(Selector::kBlock), Executor{}).ok());
+    }
+    // The list of either head; the reference agrees.
+    std::vector<int32_t> lists(int64_t width) {
+        EXPECT_TRUE(
+            cpu::select_blocks(call.select_blocks(Selector::kBlock, width), Executor{}).ok());
+        const std::vector<int32_t> found = call.block_indices;
+        reference::select_blocks<double>(call.select_blocks(Selector::kBlock, width));
+        EXPECT_EQ(found, call.block_indices);
+        return found;
+    }
+    Call call;
+};
+
+TEST(CpuBlockSelect, TopPDropsTheLightestBlocksThatItCan) {
+    for (DType dtype : {DType::kFloat32, DType::kFloat16}) {
+        KnownMasses masses(dtype);
+        auto first_list = [&](float top_p, int64_t width) {
+            masses.call.top_p = top_p;
+            std::vector<int32_t> list = masses.lists(width);
+            list.resize(static_cast<size_t>(width));
+            return list;
+        };
+        using List = std::vector<int32_t>;
+        EXPECT_EQ(first_list(0.0f, 3), (List{0, 1, 2}));
+        EXPECT_EQ(first_list(1.0f, 3), (List{0, 1, 2}));
+        EXPECT_EQ(first_list(0.9f, 3), (List{0, 1, 2})) << "block 0 holds 1/8";
+        EXPECT_EQ(first_list(0.8f, 3), (List{1, 2, -1}));
+        EXPECT_EQ(first_list(0.6f, 3), (List{1, -1, -1})) << "blocks 0 and 2 hold 3/8";
+        EXPECT_EQ(first_list(0.1f, 3), (List{-1, -1, -1})) << "all three hold 7/8";
+        EXPECT_EQ(first_list(0.1f, 4), (List{0, 1, 2, 3})) << "all eligible blocks fit";
+    }
+}
+
+TEST(CpuBlockSelect, TopPDropsTheHigherOfEqualBlocks) {
+    Call c({DType::kFloat16, 1, 1, 1, 1, 64 * 5, 8, 0, 0, true, 0});
+    c.key.fill([](int64_t, int64_t, int64_t, int64_t) { return 1.0f; });
+    c.refines_by_keys = true;
+    c.top_p = 0.5f;  // every block holds 1/5
+    ASSERT_TRUE(cpu::block_summaries(c.block_summaries(Selector::kBlock), Executor{}).ok());
+    ASSERT_TRUE(cpu::select_blocks(c.select_blocks(Selector::kBlock, 4), Executor{}).ok());
+    EXPECT_EQ(c.block_indices, (std::vector<int32_t>{0, 1, -1, -1}));
+    reference::select_blocks<double>(c.select_blocks(Selector::kBlock, 4));
+    EXPECT_EQ(c.block_indices, (std::vector<int32_t>{0, 1, -1, -1}));
+}
+
+TEST(CpuBlockSelect, EveryHeadHasABudgetOfItsOwn) {
+    for (DType dtype : {DType::kFloat32, DType::kFloat16}) {
+        KnownMasses masses(dtype);
+        const int32_t none = 63, one = 127, all = 1000;
+        masses.call.head_keys = {none, all};
+        EXPECT_EQ(masses.lists(3), (std::vector<int32_t>{-1, -1, -1, 0, 1, 2}));
+        EXPECT_EQ(masses.call.block_counts, (std::vector<int32_t>{0, 3}));
+        EXPECT_FLOAT_EQ(masses.call.estimate[0], 1.0f);
+        EXPECT_NEAR(masses.call.estimate[1], 0.125f, 1e-3f);
+        masses.call.head_keys = {all, one};
+        EXPECT_EQ(masses.lists(4), (std::vector<int32_t>{0, 1, 2, 3, 1, -1, -1, -1}));
+        EXPECT_EQ(masses.call.estimate[0], 0.0f);
+        EXPECT_NEAR(masses.call.estimate[1], 0.5f, 1e-3f);
+    }
+}
+
+// Two blocks whose units have the same means: the keys tell them apart.
+TEST(CpuBlockSelect, KeysTellBlocksOfEqualMeansApart) {
+    for (DType dtype : {DType::kFloat32, DType::kFloat16}) {
+        Call c({dtype, 1, 1, 1, 1, 64 * 4, 8, 0, 0, true, 0});
+        c.query.fill([](int64_t, int64_t, int64_t, int64_t) { return 1.0f; });
+        c.key.fill([](int64_t, int64_t, int64_t j, int64_t) {
+            return j < 128 ? 0.0f : j % 2 == 0 ? 2.0f : -2.0f;
+        });
+        ASSERT_TRUE(cpu::block_summaries(c.block_summaries(Selector::kBlock), Executor{}).ok());
+        for (bool keys : {false, true}) {
+            c.refines_by_keys = keys;
+            ASSERT_TRUE(cpu::select_blocks(c.select_blocks(Selector::kBlock, 2), Executor{}).ok());
+            EXPECT_EQ(c.block_indices,
+                      keys ? (std::vector<int32_t>{2, 3}) : (std::vector<int32_t>{0, 1}));
+        }
+    }
+}
+
+// A block with window keys is attended to, hence never omitted.
+TEST(CpuBlockSelect, TheEstimateCountsBlocksThatAreNotWalked) {
+    for (Selector selector : {Selector::kBlock, Selector::kQuest, Selector::kMean})
+        for (bool keys : {false, true}) {
+            Call c({DType::kFloat32, 1, 1, 1, 1, 64 * 8, 8, 96, 1, true, 0});
+            c.key.fill([](int64_t, int64_t, int64_t, int64_t) { return 1.0f; });
+            c.refines_by_keys = keys;
+            ASSERT_TRUE(cpu::block_summaries(c.block_summaries(selector), Executor{}).ok());
+            ASSERT_TRUE(cpu::select_blocks(c.select_blocks(selector, 2), Executor{}).ok());
+            EXPECT_EQ(c.block_indices, (std::vector<int32_t>{0, 1}));
+            EXPECT_FLOAT_EQ(c.estimate[0], 0.5f) << "blocks 2 to 5, as 6 and 7 hold the window";
+        }
 }
 
 TEST(CpuBlockSelect, TiesGoToTheLowerBlock) {
@@ -324,16 +462,17 @@ TEST(CpuBlockSelect, TiesGoToTheLowerBlock) {
 TEST(CpuBlockSelect, AQueryThatSeesANanHasNoMasses) {
     Shape shape{DType::kFloat32, 1, 1, 1, 1, 64 * 6, 8, 1, 0, true, 0};
     for (Selector selector : {Selector::kBlock, Selector::kQuest, Selector::kMean})
-        for (float bad : {NAN, INFINITY}) {
+        for (const auto& [bad, keys] :
+             {std::pair{NAN, false}, {NAN, true}, {INFINITY, false}, {INFINITY, true}}) {
             Call c(shape);
+            c.refines_by_keys = keys;
             c.query.fill([](int64_t, int64_t, int64_t, int64_t) { return 1.0f; });
             c.key.set(0, 0, 64 * 4 + 2, 1, bad);
             ASSERT_TRUE(cpu::block_summaries(c.block_summaries(selector), Executor{}).ok());
             ASSERT_TRUE(cpu::select_blocks(c.select_blocks(selector, 3), Executor{}).ok());
             EXPECT_EQ(c.block_indices, (std::vector<int32_t>{0, 1, 2}))
                 << static_cast<int>(selector) << bad;
-            EXPECT_GE(c.estimate[0], 0.0f);
-            EXPECT_LE(c.estimate[0], 1.0f);
+            EXPECT_EQ(c.estimate[0], 0.0f);
         }
 }
 

@@ -112,10 +112,10 @@ TEST(CpuFarField, PoolsMatchTheReference) {
         const std::vector<unsigned char> means = call.pool_means;
         params = call.far_pools();
         ASSERT_TRUE(cpu::far_pools(params, threaded()).ok());
-        for (size_t n = 0; n < sums.size(); ++n) {
-            const auto at = static_cast<int64_t>(n);
-            // Sums of at most a few hundred keys of size 1.5.
-            ASSERT_NEAR(call.pool_sums[n], sums[n], 2e-3);
+        // Sums of at most a few hundred keys of size 1.5.
+        for (size_t n = 0; n < sums.size(); ++n) ASSERT_NEAR(call.pool_sums[n], sums[n], 2e-3);
+        const auto count = static_cast<int64_t>(means.size()) / dtype_bytes(shape.dtype);
+        for (int64_t at = 0; at < count; ++at) {
             const float mean = load_number(shape.dtype, means.data(), at);
             ASSERT_NEAR(load_number(shape.dtype, call.pool_means.data(), at), mean,
                         2 * unit(shape.dtype) * std::fabs(static_cast<double>(mean)) + 1e-5);

@@ -85,10 +85,8 @@ TEST(Geometry, TilePositionsFillTheRowsWithPowersOfTwo) {
         EXPECT_LE(positions * group, kTileRows) << group;
         EXPECT_LE(positions, kMaxTilePositions) << group;
         EXPECT_TRUE(positions == kMaxTilePositions || 2 * positions * group > kTileRows) << group;
-        for (int most : {kRefinementPool, kScanPool}) {
-            EXPECT_EQ(positions % pool_size(group, most), 0) << group;
-            EXPECT_EQ(pool_size(group, most), std::min(positions, most)) << group;
-        }
+        EXPECT_EQ(positions % pool_size(group), 0) << group;
+        EXPECT_EQ(pool_size(group), std::min(positions, 8)) << group;
     }
     EXPECT_EQ(tile_positions(1), 64);
     EXPECT_EQ(tile_positions(2), 64);
@@ -129,11 +127,35 @@ TEST(Geometry, ScanTilesKeepTheScanLinear) {
             const int pool = scan_pool_size(Selector::kBlock, group, kv_len);
             EXPECT_EQ(positions, tiles * tile_positions(group));
             EXPECT_EQ(positions % pool, 0) << group;
-            EXPECT_EQ(positions / pool, tile_positions(group) / pool_size(group, kScanPool));
+            EXPECT_EQ(positions / pool, tile_positions(group) / pool_size(group));
             for (int64_t query_len : {1, 63, 64, 1000})
                 EXPECT_EQ(num_scan_tiles(Selector::kBlock, query_len, group, kv_len),
                           ceil_div(num_tiles(query_len, group), tiles));
         }
+}
+
+TEST(Geometry, RefinementFollowsSharedScansAndSingleQueriesWithKeys) {
+    const int64_t shared = kScanKeys + 1;
+    for (bool keys : {true, false}) {
+        for (Selector selector : {Selector::kQuest, Selector::kMean})
+            for (int64_t query_len : {1, 100})
+                EXPECT_EQ(refinement_of(selector, query_len, shared, keys), Refinement::kNone);
+        EXPECT_EQ(refinement_of(Selector::kBlock, 2, kScanKeys, keys), Refinement::kNone);
+        EXPECT_EQ(refinement_of(Selector::kBlock, 2, shared, keys), Refinement::kUnits);
+    }
+    for (int64_t kv_len : {int64_t{1}, shared})
+        EXPECT_EQ(refinement_of(Selector::kBlock, 1, kv_len, true), Refinement::kKeys);
+    EXPECT_EQ(refinement_of(Selector::kBlock, 1, kScanKeys, false), Refinement::kNone);
+    EXPECT_EQ(refinement_of(Selector::kBlock, 1, shared, false), Refinement::kUnits);
+}
+
+TEST(Geometry, BudgetsAreWholeBlocksWithinTheLists) {
+    EXPECT_EQ(budget_blocks(-64, 5), 0);
+    EXPECT_EQ(budget_blocks(63, 5), 0);
+    EXPECT_EQ(budget_blocks(64, 5), 1);
+    EXPECT_EQ(budget_blocks(319, 5), 4);
+    EXPECT_EQ(budget_blocks(384, 5), 5);
+    EXPECT_EQ(budget_blocks(std::numeric_limits<int32_t>::min(), 5), 0);
 }
 
 TEST(Geometry, AFullShortlistOfAScanTileFillsTheListsOfItsTiles) {
@@ -219,6 +241,9 @@ TEST(Geometry, AnchorAndWindowBlocksAreThoseThatHoldSuchKeys) {
                     << describe(c, t, block);
                 ASSERT_EQ(block >= window.begin && block < window.end, f.any_window)
                     << describe(c, t, block);
+                ASSERT_EQ(RangeBlocks(c.ranges, t).contains(static_cast<int>(block)),
+                          f.any_anchor || f.any_window)
+                    << describe(c, t, block);
             }
         });
     });
@@ -254,7 +279,7 @@ TEST(Geometry, ACoveringBudgetLeavesNothingOut) {
     });
 }
 
-constexpr UnitLevel kLevels[] = {kFineUnits, kMiddleUnits, kCoarseUnits, kQuestUnits, kMeanUnits};
+constexpr UnitLevel kLevels[] = {kShortUnits, kCoarseUnits, kQuestUnits, kMeanUnits};
 
 TEST(Geometry, UnitsAreVisibleFromTheirLastKeyOn) {
     for (UnitLevel level : kLevels)
@@ -296,9 +321,9 @@ TEST(Geometry, EveryUnitHasASummaryRowOfItsOwnBesideThoseOfItsBlock) {
         for (size_t row = 0; row < block_of.size(); ++row)
             ASSERT_EQ(block_of[row], static_cast<int64_t>(row) / rows_per_block(selector));
     }
-    EXPECT_EQ(summary_row(kFineUnits, 21, 16), 21);
-    EXPECT_EQ(summary_row(kMiddleUnits, 21, 5), 21 + 17);
-    EXPECT_EQ(summary_row(kCoarseUnits, 21, 3), 3 * 21 + 20);
+    EXPECT_EQ(summary_row(kShortUnits, 9, 8), 9);
+    EXPECT_EQ(summary_row(kShortUnits, 9, 21), 2 * 9 + 5);
+    EXPECT_EQ(summary_row(kCoarseUnits, 9, 3), 3 * 9 + 8);
 }
 
 TEST(Geometry, ExtremeSizesDoNotOverflow) {

@@ -170,7 +170,7 @@ TEST(Plan, SelectionFollowsTheBudget) {
     Plan plan = plan_of(request, {});
     EXPECT_EQ(plan.selection, Selection::kBlocks);
     EXPECT_EQ(plan.list_width, 27);
-    EXPECT_EQ(plan.summary_rows, 128 * 21);
+    EXPECT_EQ(plan.summary_rows, 128 * 9);
     EXPECT_EQ(plan.tile_positions, 32);
     EXPECT_EQ(plan.tiles, 2 * 2 * 32);
     EXPECT_EQ(plan.keys_per_query, 2048);
@@ -240,7 +240,7 @@ TEST(Plan, PrintsOneLine) {
     EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16),
                                 hopper_with_its_kernels())),
               "attention: path=sm90 (half precision, aligned, sm 9.0) selection=blocks "
-              "tiles=128 x 32 positions list_width=27 summary_rows=2688 far_pools=0 "
+              "tiles=128 x 32 positions list_width=27 summary_rows=1152 far_pools=0 "
               "keys_per_query<=2048 "
               "workspace=0 bytes");
 }

@@ -174,7 +174,7 @@ TEST(TileOps, AccumulateIsAProduct) {
 
 TEST(TileOps, BlockSumsSeeOnlyVisibleScores) {
     for (const TileOps* ops : all_tables())
-        for (int units : {1, 4, 16}) {
+        for (int units : {1, 4, 8, 64}) {
             std::vector<float> scores(kTileKeys * kScoreStride);
             std::vector<int32_t> end(kMaxRows);
             for (int row = 0; row < kPanelRows; ++row) {

@@ -176,6 +176,19 @@ TEST(Validate, StageArguments) {
     select.max_blocks = -1;
     EXPECT_EQ(message_of(select),
               "select_blocks: max_blocks is -1, expected 0 <= max_blocks < 2^31; pass topk / 64.");
+    select = call.select_blocks(Selector::kBlock, 2);
+    select.top_p = 1.5f;
+    EXPECT_EQ(message_of(select),
+              "select_blocks: top_p is 1.5, expected 0 < top_p <= 1, or 0 for none; pass the share "
+              "of the mass that lists must hold.");
+    for (float top_p : {-0.1f, NAN, INFINITY}) {
+        select.top_p = top_p;
+        EXPECT_NE(message_of(select).find("top_p is"), std::string::npos) << top_p;
+    }
+    for (float top_p : {0.0f, 1e-6f, 0.9f, 1.0f}) {
+        select.top_p = top_p;
+        EXPECT_TRUE(validate(select).ok()) << top_p;
+    }
     OmittedMassParams omitted = call.omitted_mass();
     omitted.num_rows = 4;
     EXPECT_EQ(message_of(omitted),

@@ -45,15 +45,15 @@ struct BlockSummaryParams {
 // query, summaries -> one ascending list of blocks per tile.
 struct BlockSelectParams {
     Problem problem;
-    Selector selector = Selector::kBlock;  // not kExact
-    ConstTensor4 query;                    // [B, Hq, Lq, D]
-    const void* summaries = nullptr;       // [B, Hkv, U, Ds] contiguous, dtype
-    ConstTensor4 key;                      // [B, Hkv, Lk, D], or none: refines a single query
-    int64_t max_blocks = 0;                // K: width of the lists, the budget in blocks
-    const int32_t* head_keys = nullptr;    // [Hkv] budgets in keys, each at most K blocks; or null
-    float top_p = 0.0f;                    // in (0, 1]: mass that lists must hold; 0: K blocks
-    int32_t* block_indices = nullptr;      // [B, Hkv, T, K] ascending, -1 padded
-    int32_t* block_counts = nullptr;       // [B, Hkv, T]
+    Selector selector = Selector::kBlock;    // not kExact
+    ConstTensor4 query;                      // [B, Hq, Lq, D]
+    const void* summaries = nullptr;         // [B, Hkv, U, Ds] contiguous, dtype
+    ConstTensor4 key;                        // [B, Hkv, Lk, D], or none: refines a single query
+    int64_t max_blocks = 0;                  // K: width of the lists, the budget in blocks
+    const int32_t* head_keys = nullptr;      // [Hkv] budgets in keys, at most K blocks; or null
+    float top_p = 0.0f;                      // in (0, 1]: mass that lists must hold; 0: K blocks
+    int32_t* block_indices = nullptr;        // [B, Hkv, T, K] ascending, -1 padded
+    int32_t* block_counts = nullptr;         // [B, Hkv, T]
     float* omitted_mass_estimate = nullptr;  // [B, Hq, Lq] or null
     void* workspace = nullptr;               // block_select_workspace_bytes(); null where that is 0
 

@@ -9,8 +9,8 @@ enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // How the keys outside anchors and window are chosen.
 enum class Selector : int32_t {
-    kBlock = 0,  // 64-key blocks by the log-sum-exp of 4-key means
-    kQuest = 1,  // 64-key blocks by the log-sum-exp of 16-key min/max bounds
+    kBlock = 0,  // 64-key blocks by their 8-key means
+    kQuest = 1,  // 64-key blocks by their 16-key min/max bounds
     kMean = 2,   // 64-key blocks by their mean key
     kExact = 3,  // single keys by their score, one set per query and head
 };
