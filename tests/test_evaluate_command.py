@@ -106,6 +106,19 @@ def test_small_budget_shows_and_is_told_by_layer_and_head(evaluated):
     assert sum(heads) / 8 == pytest.approx(mean)
 
 
+def test_omitted_mass_has_an_interval_around_its_mean(evaluated):
+    """512 rows of the last 300 of two documents are drawn."""
+    _, document = evaluated
+    small = next(e for e in document["records"] if (e["protocol"], e["keys"]) == ("omitted", 384))
+    assert (small["documents"], small["tokens"]) == (2, 512)
+    assert 0 <= small["omitted_low"] < small["omitted_mean"] < small["omitted_high"] <= 1
+    assert small["omitted_high"] - small["omitted_mean"] < 0.05
+    shown = readme_table.result(small)[0]
+    assert f"(95 %: {small['omitted_low']:.3f} to {small['omitted_high']:.3f}), p99" in shown
+    older = {k: v for k, v in small.items() if k not in ("omitted_low", "omitted_high")}
+    assert readme_table.result(older)[0].startswith(f"mean {small['omitted_mean']:.3f}, p99")
+
+
 def test_pictures_are_drawn(evaluated):
     output, _ = evaluated
     for name in ("quality", "omitted_mass", "support"):

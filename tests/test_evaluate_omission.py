@@ -5,6 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from condensate_ext.audit import mean_interval  # noqa: E402
 from condensate_ext.evaluate import omission, policies, text  # noqa: E402
 from condensate_ext.evaluate.omission import Audit  # noqa: E402
 
@@ -92,22 +93,47 @@ def test_no_layer_beyond_the_models(model, ids):
         omission.capture_layer(model, ids, 2)
 
 
+@pytest.mark.parametrize("documents", [1, 3])
 @pytest.mark.parametrize("tokens", [3, 100, 5000])
-def test_audited_rows_are_of_the_last_half(tokens):
-    rows = omission.audited_rows(tokens)
-    assert len(rows) == min(omission.AUDITED_ROWS, tokens - tokens // 2)
-    assert rows.unique().tolist() == rows.tolist()
-    assert (rows[0], rows[-1]) == (tokens // 2, tokens - 1)
+def test_audited_rows_are_drawn_from_the_last_halves_together(tokens, documents):
+    drawn = omission.audited_rows(tokens, documents)
+    half = tokens - tokens // 2
+    assert sum(map(len, drawn)) == documents * min(omission.AUDITED_ROWS, half)
+    assert len(drawn) == documents
+    for rows in drawn:
+        assert rows.unique().tolist() == rows.tolist()
+        assert tokens // 2 <= rows[0] <= rows[-1] < tokens
+        assert half > 256 or rows.tolist() == [*range(tokens // 2, tokens)]
+        assert half < 256 or rows.diff().unique().numel() > 5  # not evenly spaced
+        assert half < 256 or abs(rows.double().mean() / tokens - 0.75) < 0.04
+    assert documents == 1 or half < 256 or not torch.equal(drawn[0], drawn[1])
+    again = omission.audited_rows(tokens, documents)
+    assert all(map(torch.equal, drawn, again))
+
+
+def test_an_audit_says_what_its_rows_are_a_sample_of(model, ids):
+    every = torch.arange(TOKENS // 2, TOKENS)
+    (whole,) = omission.audit(model, ids, [EXACT], every)
+    (part,) = omission.audit(model, ids, [EXACT], torch.arange(TOKENS // 2, TOKENS, 4))
+    assert whole.population == part.population == TOKENS // 2
+    exact, found = omission.summary(whole), omission.summary(part)
+    assert exact["omitted_low"] == exact["omitted_mean"] == exact["omitted_high"]
+    assert found["omitted_low"] < exact["omitted_mean"] < found["omitted_high"]
+    assert 0.05 < found["omitted_high"] - found["omitted_low"] < 0.4
 
 
 def test_summaries_of_an_audit():
     omitted = torch.arange(200).view(1, 2, 100) / 1000
     estimate = omitted + torch.tensor([0.01, -0.03])[None, :, None]
-    first = Audit(omitted[..., :50], estimate[..., :50], torch.tensor([[0.2]]))
-    second = Audit(omitted[..., 50:], estimate[..., 50:], torch.tensor([[0.4]]))
+    first = Audit(omitted[..., :50], estimate[..., :50], torch.tensor([[0.2]]), 400)
+    second = Audit(omitted[..., 50:], estimate[..., 50:], torch.tensor([[0.4]]), 600)
     whole = omission.joined([first, second])
     found = omission.summary(whole)
     assert found["omitted_mean"] == pytest.approx(0.0995)
+    # 100 draws of 1,000 rows, each the mean of both heads.
+    _, low, high = mean_interval(omitted[0].mean(0), 1000, 0.95)
+    assert found["omitted_low"] == pytest.approx(low.item(), abs=1e-9)
+    assert found["omitted_high"] == pytest.approx(high.item(), abs=1e-9)
     assert found["omitted_p99"] == pytest.approx(0.197)
     assert found["omitted_max"] == pytest.approx(0.199)
     assert found["estimate_mean"] == pytest.approx(0.0895)
@@ -117,6 +143,8 @@ def test_summaries_of_an_audit():
     assert (layer["layer"], layer["output_error"]) == (0, pytest.approx(0.3))
     assert [h["omitted_max"] for h in layer["heads"]] == pytest.approx([0.099, 0.199])
     assert [h["estimate_error"] for h in layer["heads"]] == pytest.approx([0.01, 0.03])
+    _, _, highs = mean_interval(omitted[0], 1000, 0.95)
+    assert [h["omitted_high"] for h in layer["heads"]] == pytest.approx(highs.tolist())
 
 
 # Texts.

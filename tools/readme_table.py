@@ -103,8 +103,13 @@ def result(record: Record) -> list[str]:
     if "identical_tokens" in r:
         return [f"{r['identical_tokens']:.0f} of {r['tokens']} tokens identical to dense"]
     if "omitted_mean" in r:
+        interval = (
+            f" (95 %: {r['omitted_low']:.3f} to {r['omitted_high']:.3f})"
+            if "omitted_low" in r
+            else ""
+        )
         return [
-            f"mean {r['omitted_mean']:.3f}, p99 {r['omitted_p99']:.2f}, estimate off by "
+            f"mean {r['omitted_mean']:.3f}{interval}, p99 {r['omitted_p99']:.2f}, estimate off by "
             f"{r['estimate_error']:.3f}; output error {r['output_error']:.2f}"
         ]
     documents = (

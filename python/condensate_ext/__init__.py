@@ -11,6 +11,7 @@ works, calling any of them says what is missing, and ``python -m condensate_ext 
 from importlib.metadata import version as _version
 
 from condensate_ext import _loader
+from condensate_ext.audit import OmittedMassAudit, audit_omitted_mass
 from condensate_ext.diagnostics import ErrorWord, last_plan, read_error_word
 from condensate_ext.ops import (
     attention,
@@ -34,9 +35,11 @@ if _loader.LOAD_ERROR is None:
 
 __all__ = [
     "ErrorWord",
+    "OmittedMassAudit",
     "__version__",
     "attention",
     "attention_forward",
+    "audit_omitted_mass",
     "block_sparse_attention",
     "block_summaries",
     "last_plan",

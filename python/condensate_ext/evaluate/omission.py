@@ -1,7 +1,8 @@
 """How much softmax mass a policy leaves out on a real text, and what that does to each layer.
 
 One dense pass; at every layer its queries, keys and values also go through the policies, so no
-layer sees another layer's error.
+layer sees another layer's error. Rows are sampled, so that the mean has a confidence interval: of
+these texts' rows, not of texts that might have been chosen.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condensate_ext.audit import mean_interval
 from condensate_ext.evaluate.policies import Policy
 from condensate_ext.evaluate.runs import Advance, silent
 from condensate_ext.hf import replaced_attention
 from condensate_ext.ops import attention, attention_forward, omitted_mass
 
-AUDITED_ROWS = 256
+AUDITED_ROWS = 256  # a document
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,23 @@ class Audit:
     )
     estimate: Tensor  # [layers, heads, rows]: the same as attention_forward estimates it
     output_error: Tensor  # [documents, layers]: norm of the difference to dense output, relative
+    population: int  # rows that the audited ones were drawn from
 
 
-def audited_rows(tokens: int, count: int = AUDITED_ROWS) -> Tensor:
-    """Positions of the last half of a text, evenly spaced: early ones leave little out."""
-    rows = torch.linspace(tokens // 2, tokens - 1, min(count, tokens - tokens // 2))
-    return rows.round().long()
+def _last_half(tokens: int) -> int:
+    return tokens - tokens // 2
+
+
+def audited_rows(tokens: int, documents: int = 1, count: int = AUDITED_ROWS) -> list[Tensor]:
+    """Positions to audit in each document, in the last half: early ones leave little out.
+
+    ``count`` a document on average: they are drawn uniformly without replacement from the last
+    halves of all documents together, the same ones in every run.
+    """
+    half = _last_half(tokens)
+    shuffled = torch.randperm(documents * half, generator=torch.Generator().manual_seed(0))
+    drawn = shuffled[: documents * min(count, half)].sort().values
+    return [tokens // 2 + drawn[drawn // half == d] % half for d in range(documents)]
 
 
 def dense_attention(
@@ -75,11 +89,12 @@ class _Auditor:
         self.advance(1 / self.layers)
         return dense
 
-    def result(self, number: int) -> Audit:
+    def result(self, number: int, population: int) -> Audit:
         return Audit(
             torch.stack(self.omitted[number]).cpu(),
             torch.stack(self.estimate[number]).cpu(),
             torch.stack(self.error[number])[None].cpu(),
+            population,
         )
 
 
@@ -91,13 +106,17 @@ def audit(
     rows: Tensor | None = None,
     advance: Advance = silent,
 ) -> list[Audit]:
-    """Audits every policy on every layer of one text ``[1, n]``; ``rows`` are its positions."""
-    rows = audited_rows(ids.shape[1]) if rows is None else rows
+    """Audits every policy on every layer of one text ``[1, n]``.
+
+    ``rows`` are positions in its last half, by default those of :func:`audited_rows`.
+    """
+    tokens = ids.shape[1]
+    rows = audited_rows(tokens)[0] if rows is None else rows
     layers = model.config.get_text_config().num_hidden_layers
     auditor = _Auditor(policies, rows.to(ids.device), layers, advance)
     with replaced_attention(model, auditor):
         model.base_model(input_ids=ids, use_cache=False)
-    return [auditor.result(number) for number in range(len(policies))]
+    return [auditor.result(number, _last_half(tokens)) for number in range(len(policies))]
 
 
 def joined(audits: Sequence[Audit]) -> Audit:
@@ -106,15 +125,21 @@ def joined(audits: Sequence[Audit]) -> Audit:
         torch.cat([a.omitted for a in audits], -1),
         torch.cat([a.estimate for a in audits], -1),
         torch.cat([a.output_error for a in audits]),
+        sum(a.population for a in audits),
     )
 
 
-def _statistics(omitted: Tensor, estimate: Tensor) -> dict[str, float]:
+def _statistics(omitted: Tensor, estimate: Tensor, population: int) -> dict[str, float]:
+    # Layers and heads share the rows, so a row is one draw: of its mean over them.
+    by_row = omitted.double().reshape(-1, omitted.shape[-1]).mean(0)
+    mean, low, high = mean_interval(by_row, population, CONFIDENCE)
     omitted, estimate = omitted.flatten().double(), estimate.flatten().double()
     # torch.quantile takes at most 2^24 elements; the k-th value has no such limit.
     p99 = omitted.kthvalue(max(1, round(0.99 * omitted.numel()))).values
     return {
-        "omitted_mean": omitted.mean().item(),
+        "omitted_mean": mean.item(),
+        "omitted_low": low.item(),
+        "omitted_high": high.item(),
         "omitted_p99": p99.item(),
         "omitted_max": omitted.max().item(),
         "estimate_mean": estimate.mean().item(),
@@ -123,19 +148,27 @@ def _statistics(omitted: Tensor, estimate: Tensor) -> dict[str, float]:
 
 
 def summary(audited: Audit) -> dict[str, float]:
-    """Over all layers, heads and rows; ``estimate_error`` is the mean absolute one."""
+    """Over all layers, heads and rows; ``estimate_error`` is the mean absolute one.
+
+    ``omitted_low`` to ``omitted_high`` holds the mean over all rows of the last halves, of which
+    the audited ones are a sample, with 95 % confidence.
+    """
     error = audited.output_error.mean().item()
-    return {**_statistics(audited.omitted, audited.estimate), "output_error": error}
+    found = _statistics(audited.omitted, audited.estimate, audited.population)
+    return {**found, "output_error": error}
 
 
 def by_layer_and_head(audited: Audit) -> list[dict[str, Any]]:
-    """One entry a layer, with its output error and the mass that each of its heads leaves out."""
+    """One entry a layer, with its output error and the mass that each of its heads leaves out.
+
+    The 95 % are those of each head's interval by itself.
+    """
     return [
         {
             "layer": layer,
             "output_error": audited.output_error[:, layer].mean().item(),
             "heads": [
-                {"head": head, **_statistics(*rows)}
+                {"head": head, **_statistics(*rows, audited.population)}
                 for head, rows in enumerate(zip(omitted, estimate, strict=True))
             ],
         }

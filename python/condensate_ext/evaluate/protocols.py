@@ -33,7 +33,8 @@ FIELDS = (
     "kl", "top1", "dppl_percent", "dppl_percent_median", "dppl_percent_worst",
     "needle_first", "needle_all",
     "identical_tokens", "identical_tokens_median", "survived",
-    "omitted_mean", "omitted_p99", "omitted_max", "estimate_mean", "estimate_error", "output_error",
+    "omitted_mean", "omitted_low", "omitted_high", "omitted_p99", "omitted_max",
+    "estimate_mean", "estimate_error", "output_error",
 )  # fmt: skip
 
 _PROMPT_MULTIPLE = 64  # a whole number of tiles, so that the last one is full
@@ -163,18 +164,18 @@ def omitted(
     """
     parts: list[list[Audit]] = [[] for _ in policies]
     part = share_of(advance, len(subject.windows))
-    for window in subject.windows:
+    drawn = omission.audited_rows(subject.context, len(subject.windows))
+    for window, rows in zip(subject.windows, drawn, strict=True):
         ids = subject.ids([window], subject.context)
-        for collected, result in zip(
-            parts, omission.audit(subject.model, ids, policies, advance=part), strict=True
-        ):
+        results = omission.audit(subject.model, ids, policies, rows, part)
+        for collected, result in zip(parts, results, strict=True):
             collected.append(result)
     whole = [omission.joined(collected) for collected in parts]
-    rows = whole[0].omitted.shape[-1] if whole else 0
+    audited = sum(map(len, drawn))
     return [
         record(
             "omitted", policy, **omission.summary(result),
-            documents=len(subject.windows), tokens=rows,
+            documents=len(subject.windows), tokens=audited,
         )
         for policy, result in zip(policies, whole, strict=True)
     ], whole  # fmt: skip

@@ -56,6 +56,8 @@ TABLES: dict[str, tuple[str, str, tuple[Column, ...]]] = {
         "rows a head",
         (
             ("omitted_mean", "mean", _number),
+            ("omitted_low", "95 % from", _number),
+            ("omitted_high", "to", _number),
             ("omitted_p99", "p99", _number),
             ("omitted_max", "max", _number),
             ("estimate_mean", "estimated mean", _number),
