@@ -88,24 +88,29 @@ struct LevelStream {
     using T = typename Traits::T;
     using Shape = CopyShape<Traits>;
     const T* lane_gmem;  // this thread's part of chunk 0
-    int pass_stride;     // elements
-    int chunk_stride;
+    int per_block;       // units
+    int block_stride;    // elements
+    int dim;
     int lane_units;  // of the level, counted from this thread's first one
 
     __device__ __forceinline__ LevelStream(const T* summaries, UnitLevel level, int rows_per_block,
                                            int num_blocks, int dim)
         : lane_gmem(summaries + summary_row(level, rows_per_block, Shape::unit()) * dim +
                     Shape::channel()),
-          pass_stride(Shape::kPassUnits / level.per_block * rows_per_block * dim),
-          chunk_stride(kChunkUnits / level.per_block * rows_per_block * dim),
+          per_block(level.per_block),
+          block_stride(rows_per_block * dim),
+          dim(dim),
           lane_units(Shape::channel() < dim ? num_blocks * level.per_block - Shape::unit() : 0) {}
 
     template <int kBlockUnits>
     __device__ __forceinline__ void copy(uint32_t stage_smem, int chunk) const {
-        const T* src = lane_gmem + int64_t{chunk} * chunk_stride;
+        const T* src = lane_gmem + int64_t{chunk} * (kChunkUnits / per_block) * block_stride;
         const int left = lane_units - chunk * kChunkUnits;
         copy_chunk_async<Traits, kBlockUnits>(stage_smem, [&](int pass) {
-            return UnitSource<T>{src + pass * pass_stride, pass * Shape::kPassUnits < left};
+            // A pass holds whole blocks or lies in one.
+            const int first = pass * Shape::kPassUnits;
+            const int offset = first / per_block * block_stride + first % per_block * dim;
+            return UnitSource<T>{src + offset, first < left};
         });
     }
 };
