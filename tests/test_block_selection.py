@@ -98,11 +98,12 @@ def test_ties_go_to_the_lower_index(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window, anchors", [(70, 5), (0, 0), (700, 130)])
-@pytest.mark.parametrize("query_len, group", [(1, 4), (33, 8), (70, 1)])
+@pytest.mark.parametrize("query_len, group", [(1, 4), (33, 8), (68, 1)])
 def test_exact_scores_give_the_defined_lists(
     device, seed, dtype, causal, window, anchors, query_len, group
 ):
-    """Small integers: means, pooled queries and scores are exact, so only sums round."""
+    """Small integers: means, pooled queries and scores are exact, so only sums round. The last pool
+    holds a power of two queries, for thirds would round."""
     same = certainly = 0
     for n, kv_len in enumerate((40 * 64, 90 * 64 + 17, 100 * 64 - 1)):
         case = Case(
@@ -417,7 +418,7 @@ def test_lists_grow_with_top_p(device, seed, selector, query_len, kv_len):
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("query_len", [1, 70])
+@pytest.mark.parametrize("query_len", [1, 68])
 @pytest.mark.parametrize("top_p", [None, 0.5, 0.9])
 def test_every_head_has_its_own_budget(device, seed, selector, query_len, top_p):
     case = Case(

@@ -19,8 +19,11 @@ EDGES = "test_attention.py window_and_anchor_edges and lists"
 TILES = "test_attention.py tile_and_block_edges"
 LENGTHS = "test_attention.py any_lengths"
 BAD_LISTS = "test_contents.py bad_list or garbage"
-TIES = "test_block_selection.py ties_go"
-SHORTLISTS = "test_block_selection.py every_size or exact_scores or fine_units"
+TIES = "test_block_selection.py ties_go and 100-150"
+SCANS = "test_block_selection.py exact_scores or hottest"
+SHORTLISTS = "test_block_selection.py exact_scores or keys_rank or refined_by_its_keys"
+TOP_P = "test_block_selection.py top_p or whole_mass"
+BUDGETS = "test_block_selection.py has_its_own_budget"
 SHARED_SCANS = "test_block_selection.py shared_scan or share_a_scan"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
@@ -116,7 +119,7 @@ CPU = (
         "pool_mean_over_wrong_count",
         "cpu/block_select.cc",
         "sum[d] / static_cast<float>(end - first)",
-        "sum[d] / static_cast<float>(pool_size(p_.group(), kScanPool))",
+        "sum[d] / static_cast<float>(scan_pool())",
         "test_block_selection.py longer_contexts",
     ),
     Mutant(
@@ -131,7 +134,7 @@ CPU = (
         "cpu/unit_scores.h",
         ": (position + 1) / keys;",
         ": position / keys + 1;",
-        SHORTLISTS,
+        SCANS,
     ),
     Mutant(
         "shortlist_of_the_lowest_blocks",
@@ -157,37 +160,100 @@ CPU = (
     Mutant(
         "scan_without_a_norm",
         "cpu/block_select.cc",
-        "score_blocks(s_.pools, levels.norm, all, Keep::kNorm);",
-        "score_blocks(s_.pools, levels.norm, {s_.visited, 1}, Keep::kNorm);",
-        SHORTLISTS,
+        "score_blocks(pools, levels.norm, all, Keep::kSum);",
+        "score_blocks(pools, levels.norm, {s_.visited, 1}, Keep::kSum);",
+        SCANS,
     ),
     Mutant(
         "scan_by_whole_blocks",
         "cpu/block_select.cc",
-        "block_mass(s_.pools, s_.block_max + at, s_.ones, s_.mass)",
-        "block_mass(s_.pools, s_.block_max + at, s_.block_sum + at, s_.mass)",
+        "block_mass(pools, s_.block_max + block * pools.padded(), s_.ones, s_.mass);",
+        "block_mass(pools, block, s_.mass);",
+        SCANS,
+    ),
+    Mutant(
+        "shared_scan_by_queries_of_a_tile",
+        "include/condensate/geometry.h",
+        "return scan_tiles(selector, kv_len) * pool_size(group);",
+        "return (selector, kv_len, pool_size(group));",
+        SHARED_SCANS,
+    ),
+    Mutant(
+        "single_query_listed_by_its_scan",
+        "cpu/block_select.cc",
+        "params_.refinement() != Refinement::kNone;",
+        "params_.refinement() == Refinement::kUnits;",
         SHORTLISTS,
     ),
     Mutant(
-        "list_by_the_scan",
+        "shared_scan_makes_the_lists",
         "cpu/block_select.cc",
-        "            refine(shortlisted);",
-        "            if (shortlisted < 0) refine(shortlisted);",
+        "params_.refinement() != Refinement::kNone;",
+        "params_.refinement() == Refinement::kKeys;",
+        SHARED_SCANS,
+    ),
+    Mutant(
+        "single_query_refined_by_units",
+        "cpu/block_select.cc",
+        "if (params_.refinement() == Refinement::kKeys) {",
+        "if (p_.query_len < 1) {",
         SHORTLISTS,
     ),
     Mutant(
-        "refinement_by_middle_units",
-        "cpu/block_select.cc",
-        "score_blocks(queries, kRefinementLevels.mass, fine, Keep::kBlocks);",
-        "score_blocks(queries, kRefinementLevels.norm, fine, Keep::kBlocks);",
+        "keys_of_the_first_head",
+        "cpu/unit_scores.h",
+        "head / p.kv_heads, head % p.kv_heads,",
+        "head / p.kv_heads, 0 * head,",
         SHORTLISTS,
     ),
     Mutant(
-        "refinement_normalised_by_the_first_blocks",
+        "a_key_weighs_as_much_as_a_unit",
         "cpu/block_select.cc",
-        "score_blocks(queries, kRefinementLevels.norm, walked, Keep::kNorm);",
-        "score_blocks(queries, kRefinementLevels.norm, {s_.visited, 1}, Keep::kNorm);",
+        "queries.take_norm(kShortUnits.keys);",
+        "queries.take_norm(kShortUnits.keys / 8);",
+        TOP_P,
+    ),
+    Mutant(
+        "refinement_without_windows",
+        "cpu/block_select.cc",
+        "window_blocks(p_.ranges(), tile_.span));\n        uint32_t",
+        "BlockRange{0, 0});\n        uint32_t",
         SHORTLISTS,
+    ),
+    Mutant(
+        "top_p_leaves_out_a_block_too_many",
+        "cpu/block_select.cc",
+        "            if (dropped > spare) break;\n            --count;",
+        "            --count;\n            if (dropped > spare) break;",
+        TOP_P,
+    ),
+    Mutant(
+        "top_p_cuts_the_last_blocks",
+        "cpu/block_select.cc",
+        "std::sort(s_.order, s_.order + count, heavier());",
+        "",
+        TOP_P,
+    ),
+    Mutant(
+        "budget_of_the_first_head",
+        "include/condensate/params.h",
+        "budget_blocks(head_keys[kv_head], max_blocks)",
+        "budget_blocks(head_keys[0 * kv_head], max_blocks)",
+        BUDGETS,
+    ),
+    Mutant(
+        "negative_budget",
+        "include/condensate/geometry.h",
+        "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
+        "min_i64(keys / kBlockKeys, most)",
+        BUDGETS,
+    ),
+    Mutant(
+        "budget_above_that_of_the_call",
+        "include/condensate/geometry.h",
+        "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
+        "(max_i64(keys, 0) / kBlockKeys + 0 * most)",
+        BUDGETS,
     ),
     Mutant(
         "masses_do_not_stop_at_the_largest_float",
@@ -201,7 +267,7 @@ CPU = (
         "cpu/block_select.cc",
         "const bool usable = sum > 0;",
         "const bool usable = sum >= 0;",
-        "test_block_selection.py without_a_middle",
+        "test_block_selection.py without_a_coarse",
     ),
     Mutant(
         "nan_left_out_of_the_norm",
@@ -211,24 +277,31 @@ CPU = (
         "test_block_selection.py not_finite or sees_a_nan",
     ),
     Mutant(
-        "estimate_counts_what_needs_no_list",
+        "estimate_counts_anchors_and_windows",
         "cpu/block_select.cc",
-        "return is_eligible(p_.ranges(), tile_.span, block) &&",
-        "return (block & 1) >= 0 &&",
+        "return beside.contains(static_cast<int>(block)) ||",
+        "return (beside.contains(static_cast<int>(block)) && block < 0) ||",
+        SCANS,
+    ),
+    Mutant(
+        "estimate_of_the_coarse_units",
+        "cpu/block_select.cc",
+        "wants_estimate() ? Keep::kBoth : Keep::kBlocks",
+        "!wants_estimate() ? Keep::kBoth : Keep::kBlocks",
+        SCANS,
+    ),
+    Mutant(
+        "estimate_without_what_only_the_scan_saw",
+        "cpu/block_select.cc",
+        "const double rest = s_.rest[pool_of(scan_tile_, scan_pool(), g, i)];",
+        "const double rest = s_.rest[pool_of(scan_tile_, scan_pool(), g, i)] - 1e9;",
         SHORTLISTS,
     ),
     Mutant(
-        "rest_counted_once",
-        "cpu/block_select.cc",
-        "4 * std::exp(double{s_.rest[scanned_pool(g, i)]}",
-        "1 * std::exp(double{s_.rest[scanned_pool(g, i)]}",
-        SHORTLISTS,
-    ),
-    Mutant(
-        "coarse_mean_in_the_middle_ones_place",
+        "coarse_mean_in_a_short_ones_place",
         "include/condensate/geometry.h",
-        "constexpr UnitLevel kCoarseUnits = {64, 1, 20};",
-        "constexpr UnitLevel kCoarseUnits = {64, 1, 19};",
+        "constexpr UnitLevel kCoarseUnits = {64, 1, 8};",
+        "constexpr UnitLevel kCoarseUnits = {64, 1, 7};",
         "test_block_selection.py summaries",
     ),
     Mutant(
@@ -290,8 +363,8 @@ CPU = (
     Mutant(
         "cut_pool_by_the_sum_of_all_its_blocks",
         "cpu/far_tile.h",
-        "if (!part.whole || !subtract_walked(",
-        "if (!subtract_walked(",
+        "        if (!part.whole) {",
+        "        if (part.begin < 0) {",
         FAR_POOLS,
     ),
     Mutant(
@@ -311,8 +384,8 @@ CPU = (
     Mutant(
         "infinite_pool_sum_taken_apart",
         "cpu/far_tile.h",
-        "if (!ops_.load_rows(DType::kFloat32, sums, 0, 1, dim, row, dim)) return false;",
-        "ops_.load_rows(DType::kFloat32, sums, 0, 1, dim, row, dim);",
+        "if (!ops_.load_rows(DType::kFloat32, sum, 0, 1, dim, row, dim)) return false;",
+        "ops_.load_rows(DType::kFloat32, sum, 0, 1, dim, row, dim);",
         "test_far_field.py minus_infinity",
     ),
     Mutant(
@@ -323,7 +396,7 @@ CPU = (
         FAR_REFERENCE,
     ),
     Mutant(
-        "far_field_of_a_middle_mean",
+        "far_field_of_a_short_mean",
         "torch/far_field.cc",
         "level.first_row * p.head_dim",
         "(level.first_row - (level.first_row > 0)) * p.head_dim",
@@ -453,7 +526,7 @@ CUDA = (
     Mutant(
         "cuda_far_walked_block_not_subtracted",
         "device/far_rows.h",
-        "channels.add(sum, walked.block, -block_keys);",
+        "channels.add(sum, walked.block, -keys);",
         "channels.add(sum, walked.block, 0);",
         FAR_SM80,
         "cuda",
@@ -469,8 +542,8 @@ CUDA = (
     Mutant(
         "cuda_far_pool_misses_a_block",
         "kernels/far_field/far_pools.cu",
-        "blocks.stride_block, full - begin);",
-        "blocks.stride_block, full - begin - 1);",
+        "min_i64(end - first, kFarSumBlocks)",
+        "min_i64(end - first - 1, kFarSumBlocks)",
         FAR_SM80,
         "cuda",
     ),
