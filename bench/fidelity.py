@@ -35,11 +35,14 @@ class Case(NamedTuple):
     selector: str
     keys: int
     far_field: bool = True  # else without one; `exact` has none
+    top_p: float | None = None
 
+
+TOP_P = 0.9  # which leaves lists of about 2,048 keys on average
 
 DECODE = [
     Case("block", 2048), Case("block", 2048, far_field=False), Case("block", 4096),
-    Case("exact", 2048), Case("exact", 4096),
+    Case("exact", 2048), Case("exact", 4096), Case("block", 8192, top_p=TOP_P),
 ]  # fmt: skip
 NEEDLES = [Case("block", 1024), Case("block", 2048), Case("block", 2048, far_field=False)]
 PREFILL = [Case("block", 2048), Case("block", 2048, far_field=False)]
@@ -64,6 +67,7 @@ class Run:
         return [
             options.make_policy(self.chosen, case.selector, case.keys)
             | ({} if case.far_field else {"far_field": False})
+            | ({} if case.top_p is None else {"top_p": case.top_p})
             for case in cases
         ]
 

@@ -126,7 +126,8 @@ def result(record: Record) -> list[str]:
 def selector(record: Record) -> str:
     """With what becomes of the rest, where that is not the operator's default."""
     dropped = record.get("far_field") is False and record["protocol"] != "omitted"
-    return str(record["selector"]) + (", no far field" if dropped else "")
+    top_p = f", top_p {record['top_p']:g}" if record.get("top_p") else ""
+    return str(record["selector"]) + top_p + (", no far field" if dropped else "")
 
 
 def fidelity_rows(document: Record) -> list[list[str]]:
@@ -134,7 +135,7 @@ def fidelity_rows(document: Record) -> list[list[str]]:
     for r in document["records"]:
         protocol = PROTOCOLS.get(r["protocol"], r["protocol"] + ", budget >= context")
         protocol = protocol.format(distance=document["settings"]["needle_distance"])
-        keys = "all" if r["keys"] is None else f"{r['keys']:,}"
+        keys = "all" if r["keys"] is None else f"{r.get('keys_mean') or r['keys']:,.0f}"
         sample = f"{r['tokens']} in {r['documents']}"
         rows.append([protocol, selector(r), keys, *result(r), sample])
     return rows

@@ -147,7 +147,9 @@ class NaiveOps:
             scores.scan_whole = scores.scan_part
         if self.fault == "shortlist" and scores.refinement:
             rank = scores.eligible.int().cumsum(-1)
-            shortlist = scores.eligible & (rank <= selection.shortlist_width(scores.refinement, budget.width))
+            shortlist = scores.eligible & (
+                rank <= selection.shortlist_width(scores.refinement, budget.width)
+            )
             mass = scores.refined((shortlist | scores.beside).expand(scores.scanned.shape))
             most = budget.of_heads(scores.kv_heads, mass.device)
             return selection.expected_lists(mass, shortlist, most, budget.top_p)[0]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from condensate_ext.evaluate import language, omission, survival
+from condensate_ext.evaluate.budgets import mean_keys
 from condensate_ext.evaluate.language import Fidelity
 from condensate_ext.evaluate.needles import ask_needles, hide_needles, make_needles
 from condensate_ext.evaluate.omission import Audit
@@ -30,7 +31,7 @@ from condensate_ext.evaluate.subject import Subject
 Record = dict[str, Any]
 
 FIELDS = (
-    "kl", "top1", "dppl_percent", "dppl_percent_median", "dppl_percent_worst",
+    "keys_mean", "kl", "top1", "dppl_percent", "dppl_percent_median", "dppl_percent_worst",
     "needle_first", "needle_all",
     "identical_tokens", "identical_tokens_median", "survived",
     "omitted_mean", "omitted_low", "omitted_high", "omitted_p99", "omitted_max",
@@ -85,8 +86,18 @@ def decode(
     decode_tokens: int = 512,
     advance: Advance = silent,
 ) -> list[Record]:
-    """Dense prefill, then the last tokens of the context one query at a time."""
-    return _language("decode", language.compare_decode, subject, policies, decode_tokens, advance)
+    """Dense prefill, then the last tokens of the context one query at a time.
+
+    Where ``top_p`` shortens lists, ``keys_mean`` is how many keys a query attends on average.
+    """
+    records = _language(
+        "decode", language.compare_decode, subject, policies, decode_tokens, advance
+    )
+    for of_policy, policy in zip(records[1:], policies, strict=True):
+        if effective(policy, "top_p") is not None:
+            ids = subject.ids(subject.windows[: subject.batch], subject.context)
+            of_policy["keys_mean"] = mean_keys(subject.model, ids, policy)
+    return records
 
 
 def prefill(

@@ -85,9 +85,17 @@ def _table(protocol: str, records: Sequence[Record]) -> Table:
     for r in records:
         if r["protocol"] == protocol:
             values = ["-" if r[field] is None else show(r[field]) for field, _, show in columns]
-            keys = "all" if r["keys"] is None else str(r["keys"])
-            table.add_row(variant_name(r), keys, *values, str(r["documents"]), str(r["tokens"]))
+            table.add_row(
+                variant_name(r), keys_of(r), *values, str(r["documents"]), str(r["tokens"])
+            )
     return table
+
+
+def keys_of(r: Record) -> str:
+    """Keys per query: the budget, or what lists hold on average below it."""
+    if r["keys"] is None:
+        return "all"
+    return str(r["keys"]) if r["keys_mean"] is None else f"{r['keys_mean']:.0f} of {r['keys']}"
 
 
 def variant_name(r: Record) -> str:

@@ -1,0 +1,46 @@
+"""How many keys a policy's lists hold, where that depends on what is in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condensate_ext.evaluate.policies import Policy, effective
+from condensate_ext.evaluate.runs import decode_logits, prefill
+from condensate_ext.hf import replaced_attention
+from condensate_ext.ops import attention, block_summaries, select_blocks
+
+_LIST_ARGUMENTS = ("window", "anchors", "topk", "topk_per_head", "top_p", "selector")
+_BLOCK = 64
+
+
+@torch.no_grad()
+def mean_keys(model: Any, ids: Tensor, policy: Policy, decode_tokens: int = 16) -> float:
+    """Keys per query: anchors, window, and what lists hold on average over layers and KV heads.
+
+    Args:
+        model: a causal LM in eval mode.
+        ids: ``[B, n]`` int64; all but the last ``decode_tokens`` are prefilled densely, those are
+            fed one at a time through the policy, whose lists are counted.
+        policy: of a selector that lists blocks.
+        decode_tokens: tokens whose lists are counted.
+    """
+    chosen = {name: effective(policy, name) for name in _LIST_ARGUMENTS}
+    whole = effective(policy, "far_field") is not False
+    blocks: list[Tensor] = []
+
+    def counted(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
+        summaries = block_summaries(key, selector=chosen["selector"])
+        _, counts = select_blocks(
+            query, summaries, key, kv_len=key.shape[2], far_field=whole, scale=scale, **chosen
+        )
+        blocks.append(counts.double().mean())
+        return attention(query, key, value, scale=scale, **policy)
+
+    cache = prefill(model, ids[:, :-decode_tokens])
+    with replaced_attention(model, counted):
+        decode_logits(model, cache, ids[:, -decode_tokens:])
+    listed = _BLOCK * float(torch.stack(blocks).mean())
+    return float(chosen["anchors"] + chosen["window"]) + listed
