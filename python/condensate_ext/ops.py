@@ -74,9 +74,10 @@ def attention(
         topk: keys selected beside them; for the block selectors a multiple of 64.
         topk_per_head: ``[Hkv]`` int32 on the query's device, contiguous: keys for each KV head, at
             most ``topk``, rounded down to whole blocks. For the block selectors.
-        top_p: softmax mass that a list must hold, in (0, 1]: the fewest blocks of largest estimated
-            mass that leave out at most ``1 - top_p`` of what ``topk`` keys would hold, so that lists
-            are short where few keys matter. None takes ``topk`` keys. For the block selectors.
+        top_p: softmax mass that a list must hold, in (0, 1]: of the blocks that ``topk`` keys allow,
+            the lightest are left out while their estimated masses add up to at most ``1 - top_p``,
+            so lists are short where few keys matter. None takes ``topk`` keys. For the block
+            selectors.
         far_field: True condenses what is not attended, and attends the blocks of anchors, window
             and list as a whole, also keys outside a query's own window; False leaves it out. None
             is True for the selectors that list blocks and False for ``"exact"``, which has no far
