@@ -74,7 +74,7 @@ def attention(
         topk: keys selected beside them; for the block selectors a multiple of 64.
         topk_per_head: ``[Hkv]`` int32 on the query's device, contiguous: keys for each KV head, at
             most ``topk``, rounded down to whole blocks. For the block selectors.
-        top_p: softmax mass that a list must hold, in (0, 1]: of the blocks that ``topk`` keys allow,
+        top_p: softmax mass that a list must hold, in (0, 1]: of the blocks that ``topk`` allows,
             the lightest are left out while their estimated masses add up to at most ``1 - top_p``,
             so lists are short where few keys matter. None takes ``topk`` keys. For the block
             selectors.
