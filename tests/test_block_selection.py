@@ -42,11 +42,11 @@ def _lists(case: Case, query: torch.Tensor, key: torch.Tensor, *, refined: bool 
     given = key if refined else None
     summaries = ops.block_summaries(key, selector=case.selector)
     lists = ops.select_blocks(
-        query, summaries, given, kv_len=case.kv_len, **case.selection_args, **case.range_args
+        query, summaries, given, kv_len=case.kv_len, **case.selection_args, **case.attention_args
     )
     scores = selection.Scores(
         query, summaries, case.ranges, case.selector, case.scale, key=given,
-        exact=case.content == "integers",
+        far_field=case.far_field, exact=case.content == "integers",
     )  # fmt: skip
     return scores, lists
 
@@ -220,6 +220,28 @@ def test_a_shared_scan_lists_for_a_tile_only_what_it_may(device, dtype):
     assert scores.eligible[:, -3].tolist() == [False, True]
     chosen = selection.check_lists(scores, *lists, case.budget)
     assert chosen[:, :, 1, -3].all() and not chosen[:, :, 0, -3].any()
+
+
+@pytest.mark.parametrize("kv_len", [700, 2**18 + 77])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("query_len", [1, 130])
+def test_for_a_far_field_nothing_is_listed_that_is_attended_as_a_whole(
+    device, seed, query_len, causal, kv_len
+):
+    """The hottest blocks hold the windows' edges and the last anchors: only the lists of an
+    attention that attends no more of them than that name them."""
+    case = Case(
+        device, seed, torch.float16, kv_heads=1, group=2, query_len=query_len, kv_len=kv_len,
+        head_dim=16, window=150, anchors=100, topk=4 * 64, causal=causal, selector="block",
+    )  # fmt: skip
+    query, key, _ = case.tensors()
+    query.abs_()
+    key[:, :, 64:128] = key[:, :, -500:] = 3.0
+    scores, lists = _lists(case, query, key)
+    walked = selection.check_lists(scores, *lists, case.budget) & scores.beside
+    assert walked.any()
+    scores, lists = _lists(replace(case, far_field=True), query, key)
+    assert not (selection.check_lists(scores, *lists, case.budget) & scores.beside).any()
 
 
 @pytest.mark.parametrize("causal", [True, False])

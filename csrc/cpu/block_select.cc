@@ -88,15 +88,17 @@ struct Scratch {
 
 // The queries begin..end-1 of a tile or scan tile.
 struct QueryTile {
-    QueryTile(const Problem& p, int64_t index, int positions)
+    QueryTile(const BlockSelectParams& params, int64_t index, int positions)
         : begin(index * positions),
-          end(min_i64(begin + positions, p.query_len)),
-          span(tile_span(index, positions, p.query_len, p.kv_len)),
-          blocks(reachable_blocks(p.ranges(), span)) {}
+          end(min_i64(begin + positions, params.problem.query_len)),
+          span(tile_span(index, positions, params.problem.query_len, params.problem.kv_len)),
+          blocks(reachable_blocks(params.problem.ranges(), span)),
+          whole(params.whole_blocks(positions)) {}
 
     int64_t begin, end;
     TileSpan span;
-    int64_t blocks;  // that hold a key some of the queries may see
+    int64_t blocks;     // that hold a key some of the queries may see
+    WholeBlocks whole;  // that no list needs
 };
 
 // The tiles of a scan tile, one after another.
@@ -109,7 +111,7 @@ class TileSelection {
           ops_(ops),
           s_(scratch),
           head_(head),
-          scan_tile_(p_, scan_tile, scan_positions(params.selector, p_.group(), p_.kv_len)),
+          scan_tile_(params, scan_tile, scan_positions(params.selector, p_.group(), p_.kv_len)),
           tile_(scan_tile_) {}
 
     void run() {
@@ -117,7 +119,7 @@ class TileSelection {
         std::fill(s_.rest, s_.rest + kMaxRows, -INFINITY);
         const int positions = tile_positions(p_.group());
         for (int64_t begin = scan_tile_.begin; begin < scan_tile_.end; begin += positions) {
-            tile_ = QueryTile(p_, begin / positions, positions);
+            tile_ = QueryTile(params_, begin / positions, positions);
             list_ = head_ * num_tiles(p_.query_len, p_.group()) + begin / positions;
             select();
         }
@@ -248,7 +250,7 @@ class TileSelection {
     int64_t find_eligible(const QueryTile& tile) {
         int64_t count = 0;
         for (int64_t block = 0; block < tile.blocks; ++block)
-            if (is_eligible(p_.ranges(), tile.span, block))
+            if (is_eligible(p_.ranges(), tile.span, block, tile.whole))
                 s_.order[count++] = static_cast<int32_t>(block);
         return count;
     }
@@ -286,7 +288,7 @@ class TileSelection {
     // Leaves the scan tile's shortlist in s_.shortlist.
     void make_shortlist() {
         const int64_t eligible = find_eligible(scan_tile_);
-        const int64_t width = shortlist_width(params_.max_blocks);
+        const int64_t width = shortlist_width(params_.refinement(), params_.max_blocks);
         const bool scans = eligible > width;
         if (scans) scan();
         shortlisted_ = take_largest(eligible, width);
@@ -299,7 +301,7 @@ class TileSelection {
     int64_t take_shortlist() {
         int64_t count = 0;
         for (int64_t n = 0; n < shortlisted_; ++n)
-            if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n]))
+            if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n], tile_.whole))
                 s_.order[count++] = s_.shortlist[n];
         BlockWalk walk(anchor_blocks(p_.ranges(), tile_.span),
                        window_blocks(p_.ranges(), tile_.span));

@@ -27,6 +27,7 @@ struct Tile {
         const Problem& p = params.problem;
         end = min_i64(begin + positions, p.query_len);
         span = tile_span(index, positions, p.query_len, p.kv_len);
+        whole = params.whole_blocks(positions);
     }
     Tile scan_tile() const {
         const Problem& p = params.problem;
@@ -51,6 +52,7 @@ struct Tile {
     const BlockSelectParams& params;
     int64_t b, kv_head, begin, end;
     TileSpan span;
+    WholeBlocks whole;  // that no list needs
 };
 
 // ---- Queries ----
@@ -194,7 +196,7 @@ Blocks all_blocks(const Tile& t) {
 Blocks eligible_blocks(const Tile& t) {
     Blocks blocks;
     for (int64_t block : all_blocks(t))
-        if (is_eligible(t.ranges(), t.span, block)) blocks.push_back(block);
+        if (is_eligible(t.ranges(), t.span, block, t.whole)) blocks.push_back(block);
     return blocks;
 }
 
@@ -269,7 +271,7 @@ WeighedBlocks<Acc> scan(const Tile& s, const Blocks& blocks) {
 template <class Acc>
 Blocks make_shortlist(const Tile& s) {
     const Blocks eligible = eligible_blocks(s);
-    const int64_t width = shortlist_width(s.params.max_blocks);
+    const int64_t width = shortlist_width(s.params.refinement(), s.params.max_blocks);
     if (static_cast<int64_t>(eligible.size()) <= width) return eligible;
     return ascending(heaviest(scan<Acc>(s, eligible), width));
 }

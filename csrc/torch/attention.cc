@@ -100,6 +100,7 @@ void attend_selected_blocks(Call& call, const Details& details) {
     select.selector = call.selector;
     select.query = call.attention.query;
     select.key = call.attention.key;
+    select.far_field = call.far_field;
     apply_budget(call.budget, {call.op, "query", call.query}, &select);
     const FarFieldStages far_field(p, /*makes_key_means=*/call.selector == Selector::kQuest);
 

@@ -20,7 +20,8 @@ STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "select_blocks(Tensor query, Tensor summaries, Tensor? key=None, *, SymInt kv_len, "
         "SymInt window=256, SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, "
-        "float? top_p=None, str selector=\"block\", bool causal=True, float? scale=None) "
+        "float? top_p=None, bool far_field=False, str selector=\"block\", bool causal=True, float? "
+        "scale=None) "
         "-> (Tensor block_indices, Tensor block_counts)");
     m.def(
         "select_tokens(Tensor query, Tensor key, *, SymInt window=256, SymInt anchors=64, "

@@ -34,8 +34,9 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
                                          std::optional<Tensor> key, int64_t kv_len, int64_t window,
                                          int64_t anchors, int64_t topk,
                                          std::optional<Tensor> topk_per_head,
-                                         std::optional<double> top_p, std::string selector,
-                                         bool causal, std::optional<double> scale);
+                                         std::optional<double> top_p, bool far_field,
+                                         std::string selector, bool causal,
+                                         std::optional<double> scale);
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& query, const Tensor& key, int64_t window,
                                          int64_t anchors, int64_t topk, bool causal,

@@ -67,8 +67,9 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
                                          std::optional<Tensor> key, int64_t kv_len, int64_t window,
                                          int64_t anchors, int64_t topk,
                                          std::optional<Tensor> topk_per_head,
-                                         std::optional<double> top_p, std::string selector,
-                                         bool causal, std::optional<double> scale) {
+                                         std::optional<double> top_p, bool far_field,
+                                         std::string selector, bool causal,
+                                         std::optional<double> scale) {
     const char* op = "select_blocks";
     const Argument query_argument{op, "query", query}, summary_argument{op, "summaries", summaries};
     BlockSelectParams params;
@@ -98,6 +99,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
 
     params.summaries = summaries.const_data_ptr();
     if (key) params.key = view_key({op, "key", *key}, query_argument, problem);
+    params.far_field = far_field;
     apply_budget(budget, query_argument, &params);
     const int64_t tiles = num_tiles(problem.query_len, problem.group());
     Tensor indices = allocate(

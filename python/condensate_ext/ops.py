@@ -200,6 +200,7 @@ def select_blocks(
     topk: int = 1728,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
+    far_field: bool = False,
     selector: BlockSelector = "block",
     causal: bool = True,
     scale: float | None = None,
@@ -209,7 +210,8 @@ def select_blocks(
     A tile is ``P`` consecutive queries of all ``G = Hq / Hkv`` heads of one KV head; ``P`` is the
     largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Blocks
     are scored by averaged queries of up to 8 positions; past 262,144 keys, and for a single query
-    whose keys are given, ``"block"`` ranks a shortlist of ``max(64, 2 * K)`` blocks again. Ties go
+    whose keys are given, ``"block"`` ranks a shortlist of ``max(64, 2 * K)`` blocks again, for a
+    single query of ``max(64, 4 * K)``. Ties go
     to the lower block. The result does not depend on what else is in the batch.
 
     Args:
@@ -224,6 +226,8 @@ def select_blocks(
         topk: budget in keys, a multiple of 64; a list has ``K = topk // 64`` places.
         topk_per_head: as for :func:`attention`.
         top_p: as for :func:`attention`.
+        far_field: are the lists for an attention with far field? It attends all blocks of anchors
+            and windows as a whole, so none of them is listed.
         selector: what the summaries are.
         causal: as for :func:`attention`.
         scale: as for :func:`attention`; positive.
@@ -247,6 +251,7 @@ def select_blocks(
         topk=topk,
         topk_per_head=topk_per_head,
         top_p=top_p,
+        far_field=far_field,
         selector=selector,
         causal=causal,
         scale=scale,

@@ -223,6 +223,7 @@ struct Call {
         p.block_counts = block_counts.data();
         p.omitted_mass_estimate = estimate.data();
         if (refines_by_keys) p.key = key.view;
+        p.far_field = lists_for_far_field;
         if (!head_keys.empty()) p.head_keys = head_keys.data();
         p.top_p = top_p;
         return p;
@@ -247,6 +248,7 @@ struct Call {
     Tensor query, key, value;
     int64_t max_blocks = 0;
     bool refines_by_keys = false;    // select_blocks is given the keys
+    bool lists_for_far_field = false;
     std::vector<int32_t> head_keys;  // budgets of select_blocks, if any
     float top_p = 0.0f;
     std::vector<unsigned char> out, summaries, key_means, value_means, pool_means;

@@ -274,8 +274,9 @@ void expect_the_reference(const Shape& shape, Call& c, Selector selector, int64_
         ASSERT_NEAR(estimate[row], c.estimate[row], 2e-5) << describe(shape) << " row " << row;
 }
 
-// Budgets per head and a top_p, each in half of the calls.
+// Budgets per head, a top_p and a far field, each in half of the calls.
 void draw_budgets(std::mt19937& random, Call* c) {
+    c->lists_for_far_field = random() % 2 == 0;
     const float shares[] = {1.0f, 0.99f, 0.7f, 0.2f};
     if (random() % 2 == 0) c->top_p = shares[random() % 4];
     if (random() % 2 == 0) return;

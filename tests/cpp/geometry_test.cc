@@ -169,17 +169,22 @@ TEST(Geometry, AFullShortlistOfAScanTileFillsTheListsOfItsTiles) {
                     const TileSpan own = tile_span(tile, positions, query_len, kv_len);
                     const TileSpan scan =
                         tile_span(tile / tiles, tiles * positions, query_len, kv_len);
-                    int more = 0, listable = 0;
-                    for (int64_t block = 0; block < num_blocks(kv_len); ++block) {
-                        const bool eligible = is_eligible(r, own, block);
-                        ASSERT_TRUE(!eligible || is_eligible(r, scan, block));
-                        listable += eligible;
-                        more += !eligible && is_eligible(r, scan, block);
+                    for (bool far_field : {false, true}) {
+                        const auto whole = far_field ? WholeBlocks::kAll : WholeBlocks::kNone;
+                        const auto shared = far_field ? WholeBlocks::kAnchors : WholeBlocks::kNone;
+                        int more = 0, listable = 0;
+                        for (int64_t block = 0; block < num_blocks(kv_len); ++block) {
+                            const bool eligible = is_eligible(r, own, block, whole);
+                            const bool of_scan = is_eligible(r, scan, block, shared);
+                            ASSERT_TRUE(!eligible || of_scan);
+                            listable += eligible;
+                            more += !eligible && of_scan;
+                        }
+                        ASSERT_TRUE(listable == 0 || more <= 2 * kMoreEligible) << more;
                     }
-                    ASSERT_TRUE(listable == 0 || more <= 2 * kMoreEligible) << more;
                 }
     for (int64_t budget = 0; budget < 200; ++budget)
-        ASSERT_GE(shortlist_width(budget) - 2 * kMoreEligible, budget);
+        ASSERT_GE(shortlist_width(Refinement::kUnits, budget) - 2 * kMoreEligible, budget);
 }
 
 TEST(Geometry, SupportPredicatesMatchTheDefinition) {
@@ -204,6 +209,19 @@ TEST(Geometry, EligibleMeansSomeKeyIsOutsideTheRanges) {
             for (int64_t block = 0; block <= num_blocks(c.ranges.kv_len); ++block)
                 ASSERT_EQ(is_eligible(c.ranges, t, block), look(c, t, block).any_outside)
                     << describe(c, t, block);
+        });
+    });
+}
+
+TEST(Geometry, TheFarFieldListsNoBlockOfAnchorsOrWindows) {
+    for_each_case([](const Case& c) {
+        for_each_tile(c, [&](int64_t, TileSpan t) {
+            for (int64_t block = 0; block <= num_blocks(c.ranges.kv_len); ++block) {
+                const bool any = is_eligible(c.ranges, t, block);
+                const bool walked = RangeBlocks(c.ranges, t).contains(static_cast<int>(block));
+                ASSERT_EQ(is_eligible(c.ranges, t, block, WholeBlocks::kAll), any && !walked)
+                    << describe(c, t, block);
+            }
         });
     });
 }

@@ -146,8 +146,8 @@ CPU = (
     Mutant(
         "shortlist_of_half_the_width",
         "cpu/block_select.cc",
-        "const int64_t width = shortlist_width(params_.max_blocks);",
-        "const int64_t width = shortlist_width(params_.max_blocks) / 2;",
+        "const int64_t width = shortlist_width(params_.refinement(), params_.max_blocks);",
+        "const int64_t width = shortlist_width(params_.refinement(), params_.max_blocks) / 2;",
         SHORTLISTS,
     ),
     Mutant(

@@ -156,12 +156,12 @@ def _check_lists(
 ) -> tuple[selection.Scores, Tensor]:
     """The lists of select_blocks; with the keys they are those of attention."""
     lists = ops.select_blocks(
-        query, summaries, key, kv_len=case.kv_len, **case.selection_args, **case.range_args
+        query, summaries, key, kv_len=case.kv_len, **case.selection_args, **case.attention_args
     )
-    exact = case.content == "integers"
     scores = selection.Scores(
-        query, summaries, case.ranges, case.selector, case.scale, key=key, exact=exact
-    )
+        query, summaries, case.ranges, case.selector, case.scale, key=key,
+        far_field=case.far_field, exact=case.content == "integers",
+    )  # fmt: skip
     return scores, selection.check_lists(scores, *lists, case.budget)
 
 

@@ -112,12 +112,14 @@ class NaiveOps:
 
     def select_blocks(  # type: ignore[no-untyped-def]
         self, query, summaries, key=None, *, kv_len, topk, topk_per_head, top_p, selector, window,
-        anchors, causal, scale,
+        anchors, far_field, causal, scale,
     ):  # fmt: skip
         ranges = self._ranges(query.shape[2], kv_len, window, anchors, causal)
         query = -query if self.fault == "order" else query
         key = None if self.fault == "refinement" else key
-        scores = selection.Scores(query, summaries, ranges, selector, scale, key=key)
+        scores = selection.Scores(
+            query, summaries, ranges, selector, scale, key=key, far_field=far_field
+        )
         chosen = self._choose(scores, self._budget(topk, topk_per_head, top_p))
         counts = chosen.sum(-1).int()
         blocks = chosen.shape[-1]
@@ -145,7 +147,7 @@ class NaiveOps:
             scores.scan_whole = scores.scan_part
         if self.fault == "shortlist" and scores.refinement:
             rank = scores.eligible.int().cumsum(-1)
-            shortlist = scores.eligible & (rank <= selection.shortlist_width(budget.width))
+            shortlist = scores.eligible & (rank <= selection.shortlist_width(scores.refinement, budget.width))
             mass = scores.refined((shortlist | scores.beside).expand(scores.scanned.shape))
             most = budget.of_heads(scores.kv_heads, mass.device)
             return selection.expected_lists(mass, shortlist, most, budget.top_p)[0]
@@ -187,10 +189,12 @@ class NaiveOps:
         units = self.block_summaries(key, selector=selector)
         lists = self.select_blocks(
             query, units, key, kv_len=key.shape[2], topk=topk, topk_per_head=topk_per_head,
-            top_p=top_p, selector=selector, **args,
+            top_p=top_p, selector=selector, far_field=far_field, **args,
         )  # fmt: skip
         chosen, _ = listed_blocks(*lists, key.shape[2])
-        scores = selection.Scores(query, units, ranges, selector, scale, key=key)
+        scores = selection.Scores(
+            query, units, ranges, selector, scale, key=key, far_field=far_field
+        )
         budget = self._budget(topk, topk_per_head, top_p)
         estimate, _ = selection.estimated_omission(scores, chosen, budget)
         if far_field:

@@ -131,19 +131,26 @@ class Scores:
         scale: float | None,
         *,
         key: Tensor | None = None,
+        far_field: bool = False,
         exact: bool = False,
     ) -> None:
-        """`key`: as the call is given it, or None. `exact`: means and scores are small integers
-        times powers of two, free of rounding."""
+        """`key`: as the call is given it, or None. `far_field`: of the attention that the lists are
+        for. `exact`: means and scores are small integers times powers of two, free of rounding."""
         self.query, self.summaries, self.key, self.ranges = query, summaries, key, ranges
         self.selector, self.exact = selector, exact
         self.heads, self.kv_heads = query.shape[1], summaries.shape[1]
         self.group = self.heads // self.kv_heads
         head_dim = query.shape[-1]
         self.factor = oracle.as_float32(oracle.default_scale(head_dim) if scale is None else scale)
-        self.eligible = ranges.eligible(self.group)
         self.beside = ranges.beside(self.group)
         self.joined = scan_tiles(ranges.kv_len) if selector == "block" else 1
+        self.eligible = ranges.eligible(self.group)
+        self.scan_eligible = self._any_of_joined(self.eligible)
+        if far_field:
+            self.eligible = self.eligible & ~self.beside
+            anchored = torch.arange(self.eligible.shape[1]) * BLOCK_KEYS < ranges.anchors
+            several = self.scan_eligible & ~anchored.to(ranges.device)
+            self.scan_eligible = self.eligible if self.joined == 1 else several
         self.pool = pool_size(self.group)
         self.scan_pool = self.joined * self.pool
 
@@ -157,10 +164,6 @@ class Scores:
         return "units" if self.joined > 1 else None
 
     # What scan tiles [S, blocks] and tiles [T, blocks] have in common.
-
-    @property
-    def scan_eligible(self) -> Tensor:
-        return self._any_of_joined(self.eligible)
 
     @property
     def scan_beside(self) -> Tensor:
@@ -278,9 +281,9 @@ class Scores:
 # ---- Lists ----
 
 
-def shortlist_width(width: int) -> int:
+def shortlist_width(refinement: str | None, width: int) -> int:
     """Blocks of a shortlist for lists of so many."""
-    return max(64, 2 * width)
+    return max(64, (4 if refinement == "keys" else 2) * width)
 
 
 def top_bounds(mass: Tensor, eligible: Tensor, width: int, error: float) -> tuple[Tensor, Tensor]:
@@ -297,7 +300,7 @@ def top_bounds(mass: Tensor, eligible: Tensor, width: int, error: float) -> tupl
 
 def shortlist_bounds(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
     """Blocks that are surely on the shortlist of a scan tile, and those that may be."""
-    width = shortlist_width(budget.width)
+    width = shortlist_width(scores.refinement, budget.width)
     return top_bounds(scores.scanned, scores.scan_eligible, width, scores.scan_error)
 
 
@@ -460,7 +463,8 @@ def expected_choice(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
 
 def expected_shortlist(scores: Scores, budget: Budget) -> tuple[Tensor, Tensor]:
     """The same of the shortlists of scan tiles."""
-    width = torch.tensor(shortlist_width(budget.width), device=scores.query.device)
+    most = shortlist_width(scores.refinement, budget.width)
+    width = torch.tensor(most, device=scores.query.device)
     return expected_lists(scores.scanned, scores.scan_eligible, width)
 
 

@@ -87,11 +87,6 @@ CONDENSATE_HOST_DEVICE int64_t budget_blocks(int64_t keys, int64_t most) {
     return min_i64(max_i64(keys, 0) / kBlockKeys, most);
 }
 
-// Blocks of a shortlist, at most, for lists of at most `max_blocks`.
-CONDENSATE_HOST_DEVICE int64_t shortlist_width(int64_t max_blocks) {
-    return max_i64(64, 2 * max_blocks);
-}
-
 // A scan tile is as many consecutive tiles as share one scan and its shortlist: twice as many
 // whenever the keys have doubled, so that the scans of a long context are linear in its length.
 // It has the pooled queries of one tile, of so many times the positions.
@@ -124,6 +119,11 @@ CONDENSATE_HOST_DEVICE Refinement refinement_of(Selector selector, int64_t query
     if (query_len == 1 && keys_given) return Refinement::kKeys;
     return scan_tiles(selector, kv_len) > 1 ? Refinement::kUnits : Refinement::kNone;
 }
+// Blocks of a shortlist, at most, for lists of at most `max_blocks`.
+CONDENSATE_HOST_DEVICE int64_t shortlist_width(Refinement refinement, int64_t max_blocks) {
+    return max_i64(64, (refinement == Refinement::kKeys ? 4 : 2) * max_blocks);
+}
+
 // What a refinement adds up the weights of.
 CONDENSATE_HOST_DEVICE constexpr UnitLevel refinement_level(Refinement refinement) {
     if (refinement == Refinement::kKeys) return kSingleKeys;
@@ -131,8 +131,9 @@ CONDENSATE_HOST_DEVICE constexpr UnitLevel refinement_level(Refinement refinemen
 }
 
 // On either side of a tile's windows a scan tile has at most this many more eligible blocks than
-// the tile, so enough of a full shortlist is eligible for the tile to fill its list.
-constexpr int kMoreEligible = (kMaxScanTiles - 1) * kMaxTilePositions / kBlockKeys;
+// the tile, so enough of a full shortlist is eligible for the tile to fill its list. The window of
+// a row ends in one block; those of a tile's rows in two.
+constexpr int kMoreEligible = (kMaxScanTiles - 1) * kMaxTilePositions / kBlockKeys + 2;
 static_assert(2 * kMoreEligible <= 32, "a shortlist has room for at least 32 blocks more");
 
 // Absolute position of query i: bottom-right alignment. Negative when the query precedes all keys.
@@ -175,17 +176,6 @@ CONDENSATE_HOST_DEVICE TileSpan tile_span(int64_t tile, int positions, int64_t q
     return {query_position(begin, query_len, kv_len), query_position(end, query_len, kv_len)};
 }
 
-// A block is eligible for a tile's list when some query of the tile may attend a key of it that
-// is neither an anchor nor in that query's window.
-CONDENSATE_HOST_DEVICE bool is_eligible(const Ranges& r, TileSpan t, int64_t block) {
-    int64_t begin = max_i64(block * kBlockKeys, r.anchors);
-    int64_t end = min_i64(block * kBlockKeys + kBlockKeys, r.kv_len) - 1;
-    if (begin > end) return false;
-    if (r.window <= 0) return !r.causal || begin <= t.last;
-    if (begin <= t.last - r.window) return true;
-    return !r.causal && end >= t.first + r.window;
-}
-
 // How a whole block looks to all rows of a tile.
 enum class BlockCover : int32_t {
     kNone,     // no row attends any key of it
@@ -224,6 +214,25 @@ CONDENSATE_HOST_DEVICE BlockRange window_blocks(const Ranges& r, TileSpan t) {
     int64_t end = min_i64(r.causal ? t.last : t.last + r.window - 1, r.kv_len - 1);  // inclusive
     if (begin > end) return {0, 0};
     return {begin / kBlockKeys, end / kBlockKeys + 1};
+}
+
+// Blocks of anchors and windows that the attention attends as a whole, so that no list needs them:
+// with the far field all of them. What several tiles share can leave out their anchors' alone.
+enum class WholeBlocks : int32_t { kNone, kAnchors, kAll };
+
+// A block is eligible for a tile's list when some query of the tile may attend a key of it that
+// is neither an anchor nor in that query's window, and it is not attended as a whole anyway.
+CONDENSATE_HOST_DEVICE bool is_eligible(const Ranges& r, TileSpan t, int64_t block,
+                                        WholeBlocks whole = WholeBlocks::kNone) {
+    int64_t begin = max_i64(block * kBlockKeys, r.anchors);
+    int64_t end = min_i64(block * kBlockKeys + kBlockKeys, r.kv_len) - 1;
+    if (begin > end) return false;
+    if (whole != WholeBlocks::kNone && block < anchor_blocks(r, t).end) return false;
+    const BlockRange window = window_blocks(r, t);
+    if (whole == WholeBlocks::kAll && block >= window.begin && block < window.end) return false;
+    if (r.window <= 0) return !r.causal || begin <= t.last;
+    if (begin <= t.last - r.window) return true;
+    return !r.causal && end >= t.first + r.window;
 }
 
 // Blocks that hold a key some row of the tile sees.

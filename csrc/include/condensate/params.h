@@ -51,6 +51,7 @@ struct BlockSelectParams {
     ConstTensor4 key;                        // [B, Hkv, Lk, D], or none: refines a single query
     int64_t max_blocks = 0;                  // K: width of the lists, the budget in blocks
     const int32_t* head_keys = nullptr;      // [Hkv] budgets in keys, at most K blocks; or null
+    bool far_field = false;                  // of the attention that the lists are for
     float top_p = 0.0f;                      // in (0, 1]: mass that lists must hold; 0: K blocks
     int32_t* block_indices = nullptr;        // [B, Hkv, T, K] ascending, -1 padded
     int32_t* block_counts = nullptr;         // [B, Hkv, T]
@@ -63,6 +64,12 @@ struct BlockSelectParams {
     }
     CONDENSATE_HOST_DEVICE Refinement refinement() const {
         return refinement_of(selector, problem.query_len, problem.kv_len, key.data != nullptr);
+    }
+    // What no list of a tile, or scan tile, of so many positions needs.
+    CONDENSATE_HOST_DEVICE WholeBlocks whole_blocks(int positions) const {
+        if (!far_field) return WholeBlocks::kNone;
+        return positions == tile_positions(problem.group()) ? WholeBlocks::kAll
+                                                            : WholeBlocks::kAnchors;
     }
 };
 

@@ -4,7 +4,8 @@
 #include <climits>
 #include <cstdint>
 
-#include "condensate/geometry.h"
+#include "condensate/params.h"
+#include "device/tile_rows.h"
 
 namespace condensate::kernels::block_select {
 
@@ -12,7 +13,7 @@ namespace condensate::kernels::block_select {
 struct alignas(16) EligibleBlocks {
     int begin, low_end, high_begin, end;  // [begin, low_end) and [high_begin, end)
 
-    CONDENSATE_HOST_DEVICE EligibleBlocks(const Ranges& r, TileSpan t)
+    CONDENSATE_HOST_DEVICE EligibleBlocks(const Ranges& r, TileSpan t, WholeBlocks whole)
         : begin(0), low_end(0), high_begin(0), end(0) {
         if (r.anchors >= r.kv_len) return;
         const int64_t first = r.anchors / kBlockKeys, blocks = num_blocks(r.kv_len);
@@ -25,10 +26,16 @@ struct alignas(16) EligibleBlocks {
             int64_t first_key = t.first + r.window;  // that follows some window
             if (first_key < r.kv_len) high = max_i64(first_key, 0) / kBlockKeys;
         }
-        begin = static_cast<int>(first);
-        low_end = static_cast<int>(low);
-        high_begin = static_cast<int>(max_i64(high, low));
-        end = static_cast<int>(blocks);
+        const int64_t attended = whole == WholeBlocks::kNone ? 0 : anchor_blocks(r, t).end;
+        const BlockRange window = window_blocks(r, t);
+        if (whole == WholeBlocks::kAll && window.end > window.begin) {
+            low = min_i64(low, window.begin);
+            high = max_i64(high, window.end);
+        }
+        begin = static_cast<int>(max_i64(first, attended));
+        low_end = static_cast<int>(max_i64(low, begin));
+        high_begin = static_cast<int>(max_i64(high, low_end));
+        end = static_cast<int>(max_i64(blocks, high_begin));
     }
     CONDENSATE_HOST_DEVICE int count() const { return (low_end - begin) + (end - high_begin); }
     CONDENSATE_HOST_DEVICE bool contains(int block) const {
@@ -39,6 +46,13 @@ struct alignas(16) EligibleBlocks {
         return begin + i < low_end ? begin + i : high_begin + (i - (low_end - begin));
     }
 };
+
+// Of a tile or scan tile.
+__device__ __forceinline__ EligibleBlocks eligible_blocks(const BlockSelectParams& params,
+                                                          const device::TileRows& tile) {
+    return EligibleBlocks(params.problem.ranges(), tile.span(),
+                          params.whole_blocks(tile.positions));
+}
 
 // What a tile may list of its scan tile's shortlist: the entries that are eligible for it too.
 // Those that are not come after all that are (they lie past the tile), or lie in its windows.

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
     const PooledRows pooled =
         PooledRows::of_tile(device::TileRows::from_index(params.problem, blockIdx.x));
-    const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
+    const EligibleBlocks eligible = eligible_blocks(params, pooled.tile);
     if (eligible.count() <= params.head_blocks(pooled.tile.kv_head)) {  // all are listed
         for (int row = threadIdx.x; row < pooled.rows; row += Traits::kThreads) {
             int64_t at = pooled.flat_row(row, params.problem.query_heads);

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
         const PooledRows pooled =
             PooledRows::of_tile(device::TileRows::from_index(params.problem, index));
-        const EligibleBlocks eligible(params.problem.ranges(), pooled.tile.span());
+        const EligibleBlocks eligible = eligible_blocks(params, pooled.tile);
         const int keep = static_cast<int>(params.head_blocks(pooled.tile.kv_head));
         if (eligible.count() <= keep) {
             take_all(params, pooled, eligible);

@@ -226,7 +226,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
                                            const ScanOutput& output, const device::TileRows& tile,
                                            bool exists, int round) {
     const int lane = threadIdx.x & 31;
-    const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+    const EligibleBlocks eligible = eligible_blocks(params, tile);
     int32_t* list = output.indices + tile.tile_index * output.width;
     const int keep =
         static_cast<int>(output.shortlists ? output.width : params.head_blocks(tile.kv_head));

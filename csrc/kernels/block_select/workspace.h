@@ -40,8 +40,10 @@ struct Workspace {
     Workspace(const BlockSelectParams& params, int sm_count) {
         const Problem& p = params.problem;
         const int64_t blocks = num_blocks(p.kv_len);
-        refines = params.refinement() != Refinement::kNone;
-        width = refines ? min_i64(shortlist_width(params.max_blocks), blocks) : params.max_blocks;
+        const Refinement refinement = params.refinement();
+        refines = refinement != Refinement::kNone;
+        width = refines ? min_i64(shortlist_width(refinement, params.max_blocks), blocks)
+                        : params.max_blocks;
         // A list that takes every block needs no candidates.
         const bool chooses = width < blocks || (params.head_keys && !refines);
         capacity = chooses ? TopBlocks::capacity_for(width) : 0;

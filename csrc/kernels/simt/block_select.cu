@@ -192,7 +192,7 @@ struct TileSelection {
 
     // The scan's list, of `width` blocks, of which at most `keep` are taken.
     __device__ BlockSet scan(int32_t* list, int64_t width, int64_t most, float top_p) {
-        const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+        const EligibleBlocks eligible = block_select::eligible_blocks(params, tile);
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
         const BlockSet reachable = {nullptr,
@@ -234,7 +234,8 @@ struct TileSelection {
     // Of a scan tile.
     __device__ void make_shortlist() {
         const int64_t blocks = num_blocks(params.problem.kv_len);
-        const int64_t width = min_i64(shortlist_width(params.max_blocks), blocks);
+        const int64_t width =
+            min_i64(shortlist_width(params.refinement(), params.max_blocks), blocks);
         BlockSet taken = scan(scratch.shortlist, width, width, 0.0f);
         if (threadIdx.x == 0) smem.shortlisted = taken.count;
     }
@@ -259,7 +260,7 @@ struct TileSelection {
 
     // The tile's list, from the shortlist.
     __device__ void refine() {
-        const EligibleBlocks eligible(params.problem.ranges(), tile.span());
+        const EligibleBlocks eligible = block_select::eligible_blocks(params, tile);
         const BlockSet shortlist = eligible_of({scratch.shortlist, smem.shortlisted}, eligible);
         int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
         const PooledRows pooled = PooledRows::of_tile(tile);
