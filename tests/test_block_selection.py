@@ -98,7 +98,7 @@ def test_ties_go_to_the_lower_index(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window, anchors", [(70, 5), (0, 0), (700, 130)])
-@pytest.mark.parametrize("query_len, group", [(1, 4), (33, 8), (68, 1)])
+@pytest.mark.parametrize("query_len, group", [(1, 4), (33, 8), (68, 1), (5, 40)])
 def test_exact_scores_give_the_defined_lists(
     device, seed, dtype, causal, window, anchors, query_len, group
 ):
