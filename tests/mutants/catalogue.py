@@ -153,7 +153,7 @@ CPU = (
     Mutant(
         "shortlist_not_cut_to_the_tile",
         "cpu/block_select.cc",
-        "if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n]))",
+        "if (is_eligible(p_.ranges(), tile_.span, s_.shortlist[n], tile_.whole))",
         "",
         SHARED_SCANS,
     ),
