@@ -148,7 +148,12 @@ class TileSelection {
         else
             scan();
         store_list(take_enough(take_largest(candidates, budget())));
-        if (wants_estimate()) estimate(refines ? s_.queries : s_.pools);
+        if (wants_estimate()) {
+            if (params_.refinement() == Refinement::kKeys)
+                estimate_by_keys();
+            else
+                estimate(refines ? s_.queries : s_.pools);
+        }
     }
 
     // ---- Queries ----
@@ -334,14 +339,17 @@ class TileSelection {
     }
 
     void weigh_keys(int64_t candidates) {
-        const ScoredRows& queries = s_.queries;
         for (int64_t n = 0; n < candidates; ++n) {
-            const int32_t block = s_.order[n];
-            s_.units.score_keys(params_, ops_, head_, queries.rows, block);
-            ops_.block_sums(s_.units.scores(), kBlockKeys, s_.units.mask().visible_end,
-                            queries.rows.panel_count(), s_.key_max, s_.key_sum);
-            s_.tile_mass[block] = block_mass(queries, s_.key_max, s_.key_sum, s_.mass);
+            score_keys(s_.order[n]);
+            s_.tile_mass[s_.order[n]] = block_mass(s_.queries, s_.key_max, s_.key_sum, s_.mass);
         }
+    }
+    // Leaves each row's sum over the keys of a block in s_.key_max and s_.key_sum.
+    void score_keys(int32_t block) {
+        const QueryRows& rows = s_.queries.rows;
+        s_.units.score_keys(params_, ops_, head_, rows, block);
+        ops_.block_sums(s_.units.scores(), kBlockKeys, s_.units.mask().visible_end,
+                        rows.panel_count(), s_.key_max, s_.key_sum);
     }
 
     void store_list(int64_t count) {
@@ -401,6 +409,47 @@ class TileSelection {
             // 0 where nothing is visible, and where NaN or +inf is.
             return total > 0 ? (s_.sums[row] * seen + unseen) / total : 0.0;
         });
+    }
+
+    // By keys within the walk. What the scan's units fall short of their keys is taken from the
+    // shortlisted blocks that are not listed.
+    void estimate_by_keys() {
+        const RangeBlocks beside(p_.ranges(), tile_.span);
+        const int rows = s_.queries.rows.count;
+        const double unit_keys = std::log(double{kShortUnits.keys});
+        double seen[kMaxRows], left[kMaxRows], gap[kMaxRows] = {};  // logs
+        std::fill(seen, seen + kMaxRows, -INFINITY);
+        std::fill(left, left + kMaxRows, -INFINITY);
+        int left_blocks = 0;
+        for (int64_t n = 0; n < visited_; ++n) {
+            const bool is_left = !is_walked(beside, s_.order, taken_, s_.visited[n]);
+            const int64_t at = n * s_.queries.padded();
+            score_keys(s_.visited[n]);
+            left_blocks += is_left;
+            for (int row = 0; row < rows; ++row) {
+                const double keys = log_sum(s_.key_max[row], s_.key_sum[row]);
+                seen[row] = log_add(seen[row], keys);
+                if (!is_left) continue;
+                left[row] = log_add(left[row], keys);
+                gap[row] +=
+                    keys - unit_keys - log_sum(s_.block_max[at + row], s_.block_sum[at + row]);
+            }
+        }
+        store_estimate([&](int64_t g, int64_t i) {
+            const int64_t row = pool_of(tile_, tile_pool(), g, i);
+            const double mean_gap = gap[row] / std::max(left_blocks, 1);
+            const double beyond = s_.rest[pool_of(scan_tile_, scan_pool(), g, i)] + unit_keys +
+                                  (std::isfinite(mean_gap) ? mean_gap : 0.0);
+            const double share = std::exp(log_add(left[row], beyond) - log_add(seen[row], beyond));
+            return share > 0 ? share : 0.0;  // 0 for NaN
+        });
+    }
+    static double log_sum(float max, float sum) { return double{max} + std::log(double{sum}); }
+    static double log_add(double a, double b) {
+        const double most = std::max(a, b);
+        if (std::isnan(a) || std::isnan(b)) return NAN;
+        return std::isfinite(most) ? most + std::log(std::exp(a - most) + std::exp(b - most))
+                                   : most;
     }
 
     // Row of the pool that query i of the group's head g is in.

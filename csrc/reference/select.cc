@@ -323,6 +323,26 @@ Query pool_around(const Tile& t, int64_t h, int64_t i, int64_t size) {
     return pool<Acc>(t, h, first, min_i64(first + size, t.end));
 }
 
+// By keys within W. What the scan's units, `rest`, fall short of their keys is taken from those
+// blocks of W that are not walked.
+template <class Acc>
+Acc omitted_by_keys(const Tile& t, const Query& query, const Blocks& seen, const Blocks& unwalked,
+                    Acc rest) {
+    const Acc unit_keys = std::log(static_cast<Acc>(kShortUnits.keys));
+    auto by_keys = [&](const Blocks& blocks) {
+        std::vector<Acc> sums;
+        for (int64_t block : blocks) sums.push_back(log_sum_of_keys<Acc>(t, query, block));
+        return log_sum(sums);
+    };
+    Acc gap = 0;
+    for (int64_t block : unwalked)
+        gap += by_keys({block}) - unit_keys - log_sum_of<Acc>(t, query, kShortUnits, {block});
+    gap /= static_cast<Acc>(std::max<size_t>(unwalked.size(), 1));
+    const Acc beyond = rest + unit_keys + (std::isfinite(gap) ? gap : 0);
+    return mass_of(log_sum<Acc>({by_keys(unwalked), beyond}),
+                   log_sum<Acc>({by_keys(seen), beyond}));
+}
+
 // The share of query i of head h in blocks that the attention does not walk.
 template <class Acc>
 Acc omitted_share(const Tile& t, int64_t h, int64_t i, const Choice& choice) {
@@ -331,6 +351,8 @@ Acc omitted_share(const Tile& t, int64_t h, int64_t i, const Choice& choice) {
     const Query scanned = pool_around<Acc>(t.scan_tile(), h, i, t.scan_pool());
     const Blocks unwalked = without(choice.seen, walked_blocks(t, choice.listed));
     const Acc rest = log_sum_of<Acc>(t, scanned, level, choice.unseen);
+    if (t.params.refinement() == Refinement::kKeys)
+        return omitted_by_keys<Acc>(t, query, choice.seen, unwalked, rest);
     return mass_of(log_sum<Acc>({log_sum_of<Acc>(t, query, level, unwalked), rest}),
                    log_sum<Acc>({log_sum_of<Acc>(t, query, level, choice.seen), rest}));
 }

@@ -503,6 +503,8 @@ def estimated_omission(scores: Scores, chosen: Tensor, budget: Budget) -> tuple[
     seen = scores.scan_part.by_block[:, :, row // scores.scan_pool]
     least = most = seen
     if scores.refinement:
+        if scores.refinement == "keys":
+            return _omission_by_keys(scores, chosen, budget)
         own = scores.refined_whole.by_block[:, :, row // scores.pool]
         certain, possible = map(scores.to_tiles, shortlist_bounds(scores, budget))
         # `own` where the tile's W has the block, nothing where only that of its scan tile has it.
@@ -519,6 +521,30 @@ def estimated_omission(scores: Scores, chosen: Tensor, budget: Budget) -> tuple[
     leaves = (scores.eligible.sum(-1) > most_blocks).expand(chosen.shape[:-1])
     leaves = spread_to_rows(leaves[..., None], heads, query_len)[..., 0]
     return _share_of(least, ~walked) * leaves, _share_of(most, ~walked) * leaves
+
+
+def _omission_by_keys(scores: Scores, chosen: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
+    """The same of a single query whose shortlist was looked at by its keys; nothing is known of it
+    where rounding decides what is on the shortlist."""
+    heads = scores.heads
+
+    def rows(per_tile: Tensor) -> Tensor:
+        return spread_to_rows(per_tile.expand(chosen.shape), heads, 1)
+
+    certain, possible = map(scores.to_tiles, shortlist_bounds(scores, budget))
+    shortlist = (certain & scores.eligible) | chosen
+    keys, units = scores.refined_part.by_block, scores.refined_whole.by_block
+    left = rows(shortlist & ~chosen & ~scores.beside)
+    gap = torch.where(left, keys - units, 0.0).sum(-1) / left.sum(-1).clamp(min=1)
+    beyond = scores.scan_part.by_block.masked_fill(rows(certain | scores.beside), -torch.inf)
+    beyond = beyond + gap.nan_to_num(0.0, 0.0, 0.0)[..., None]
+    known = keys.masked_fill(~rows(shortlist | scores.beside), -torch.inf)
+    share = _share_of(torch.cat([known, beyond], -1), torch.cat([left, torch.ones_like(left)], -1))
+    most_blocks = budget.of_heads(scores.kv_heads, chosen.device)
+    leaves = (scores.eligible.sum(-1) > most_blocks).expand(chosen.shape[:-1])
+    share = share * spread_to_rows(leaves[..., None], heads, 1)[..., 0]
+    unsure = rows((certain != possible).any(-1, keepdim=True)).any(-1)
+    return share.masked_fill(unsure, 0.0), share.masked_fill(unsure, 1.0)
 
 
 def _share_of(terms: Tensor, omitted: Tensor) -> Tensor:

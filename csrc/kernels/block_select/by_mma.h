@@ -13,9 +13,8 @@ Status scan_and_refine(const Call& call) {
                         ? scan<ScanTraits<T, kDim, 8, Selector::kBlock>>(call)
                         : scan<ScanTraits<T, kDim, 4, Selector::kBlock>>(call);
     if (!status.ok() || !call.workspace.refines) return status;
-    status = call.params.refinement() == Refinement::kKeys
-                 ? refine<RefineTraits<T, kDim, /*kKeys=*/true>>(call)
-                 : refine<RefineTraits<T, kDim>>(call);
+    if (call.params.refinement() == Refinement::kKeys) return refine_by_keys<T, kDim>(call);
+    status = refine<RefineTraits<T, kDim>>(call);
     return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
 

@@ -65,6 +65,14 @@ Status estimate(const Call& call) {
                   call.shortlists());
 }
 
+// Of a single query's shortlists, whatever scanned.
+template <class T, int kDim>
+Status refine_by_keys(const Call& call) {
+    using Traits = RefineTraits<T, kDim, /*kKeys=*/true>;
+    Status status = refine<Traits>(call);
+    return status.ok() ? estimate<Traits>(call) : status;
+}
+
 // `choose(call)` starts the stages of an element type.
 template <class Choose>
 Status select(const BlockSelectParams& params, const LaunchContext& context, Choose&& choose) {

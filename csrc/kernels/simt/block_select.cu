@@ -161,15 +161,73 @@ struct TileSelection {
             if (lane.lane != 0 || row >= pooled.rows) continue;
             float* at =
                 params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
-            float reference = finite_reference(sum.largest);
-            // The bound keeps inf / inf away.
-            float unseen = kind == Estimate::kRefined ? fminf(expf(*at - reference), 1e30f) : 0.0f;
-            float share = (part.sum * expf(part.largest - reference) + unseen) / (sum.sum + unseen);
-            share = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
-            const float value = kind == Estimate::kLogSum ? part.lse() : share;
+            const float unseen = kind == Estimate::kRefined ? *at : -INFINITY;
+            const float value =
+                kind == Estimate::kLogSum ? part.lse() : share_with(part, sum, unseen);
             for (int i = 0; i < pooled.size(row); ++i) at[i] = value;
         }
     }
+    // The share when so much more is left out, as a logarithm; 0 for NaN.
+    __device__ static float share_with(const LaneSum& part, const LaneSum& sum, float log_more) {
+        const float reference = finite_reference(sum.largest);
+        const float more = fminf(expf(log_more - reference), 1e30f);  // keeps inf / inf away
+        const float share = (part.sum * expf(part.largest - reference) + more) / (sum.sum + more);
+        return fminf(fmaxf(share, 0.0f), 1.0f);
+    }
+
+    // Turns the estimates, logs of the scan's sum R, into shares by the keys of the walk. What R is
+    // short of is taken from the blocks of the walk that are left(block).
+    template <class Left>
+    __device__ __forceinline__ void estimate_by_keys(const PooledRows& pooled, BlockSet walked,
+                                                     int first_row, Left&& left) {
+        LaneSum all[kWarpRows], omitted[kWarpRows], first_half[kWarpRows];
+        float gap[kWarpRows] = {};  // of a lane: logs over keys less logs over units
+        int left_blocks = 0;
+        bool second = false;  // half of a block
+        auto counts = [&](int place) { return place < walked.count && left(walked.at(place)); };
+        units.sweep(kSingleKeys, walked, [&](const float (&score)[kWarpRows], int place) {
+            const bool is_left = counts(place);
+            left_blocks += is_left && second;
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r) {
+                all[r].add(score[r]);
+                if (is_left) omitted[r].add(score[r]);
+                LaneSum block = first_half[r];
+                block.add(score[r]);
+                first_half[r] = second ? LaneSum{} : block;
+                const float log_sum = block.over_warp().lse();
+                if (second && is_left && lane.lane == 0) gap[r] += log_sum;
+            }
+            second = !second;
+        });
+        constexpr int kLanes = kShortUnits.per_block;
+        units.sweep(kShortUnits, walked, [&](const float (&score)[kWarpRows], int place) {
+            const bool adds = counts(place) && lane.lane % kLanes == 0;
+#pragma unroll
+            for (int r = 0; r < kWarpRows; ++r) {
+                LaneSum block;
+                block.add(score[r]);
+                const float log_sum = block.over_lanes(kLanes).lse();
+                if (adds) gap[r] -= log_sum;
+            }
+        });
+        const float unit_keys = logf(kShortUnits.keys);
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r) {
+            const LaneSum sum = all[r].over_warp(), part = omitted[r].over_warp();
+            const float mean =
+                warp_sum(gap[r]) / static_cast<float>(max(left_blocks, 1)) - unit_keys;
+            const float raised =
+                unit_keys + (left_blocks > 0 && fabsf(mean) < INFINITY ? mean : 0.0f);
+            const int row = first_row + lane.row(r);
+            if (lane.lane != 0 || row >= pooled.rows) continue;
+            float* at =
+                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            const float share = share_with(part, sum, *at + raised);
+            for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
+        }
+    }
+
     __device__ void write_estimates(const PooledRows& pooled, float value) {
         for (int row = static_cast<int>(threadIdx.x); row < pooled.rows; row += kThreads) {
             float* at =
@@ -280,10 +338,13 @@ struct TileSelection {
         if (!params.omitted_mass_estimate) return;
         if (!chooses) return write_estimates(pooled, 0.0f);
         const RangeBlocks ranges(params.problem.ranges(), tile.span());
+        auto left = [&](int block) { return !ranges.contains(block) && !taken.contains(block); };
         for (int row = 0; row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
-            estimate(Estimate::kRefined, pooled, kShortUnits, walked, row,
-                     [&](int block) { return !ranges.contains(block) && !taken.contains(block); });
+            if (by_keys)
+                estimate_by_keys(pooled, walked, row, left);
+            else
+                estimate(Estimate::kRefined, pooled, kShortUnits, walked, row, left);
         }
     }
 };

@@ -124,6 +124,17 @@ struct LaneSum {
         row.sum = warp_sum(sum * expf(largest - finite_reference(row.largest)));
         return row;
     }
+    // The sum of a group of so many consecutive lanes, a power of two, on each of them.
+    __device__ __forceinline__ LaneSum over_lanes(int lanes) const {
+        LaneSum group{largest, 0.0f};
+        for (int offset = lanes / 2; offset > 0; offset /= 2)
+            group.largest =
+                fmaxf(group.largest, __shfl_xor_sync(0xffffffffu, group.largest, offset));
+        group.sum = sum * expf(largest - finite_reference(group.largest));
+        for (int offset = lanes / 2; offset > 0; offset /= 2)
+            group.sum += __shfl_xor_sync(0xffffffffu, group.sum, offset);
+        return group;
+    }
     __device__ __forceinline__ float lse() const {
         return sum == 0.0f ? -INFINITY : largest + logf(sum);
     }

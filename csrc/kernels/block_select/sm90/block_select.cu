@@ -33,9 +33,8 @@ Status scan_and_refine(const Call& call) {
     Status status = make_maps(call.params, &maps);
     if (status.ok()) status = scan<ScanTraits<T, kDim, 8, Selector::kBlock, true>>(call, maps);
     if (!status.ok() || !call.workspace.refines) return status;
-    status = call.params.refinement() == Refinement::kKeys
-                 ? refine<RefineTraits<T, kDim, /*kKeys=*/true>>(call)
-                 : refine<RefineTraits<T, kDim, /*kKeys=*/false, true>>(call, maps);
+    if (call.params.refinement() == Refinement::kKeys) return refine_by_keys<T, kDim>(call);
+    status = refine<RefineTraits<T, kDim, /*kKeys=*/false, true>>(call, maps);
     return status.ok() ? estimate<RefineTraits<T, kDim>>(call) : status;
 }
 
