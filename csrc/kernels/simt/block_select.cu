@@ -161,26 +161,21 @@ struct TileSelection {
             if (lane.lane != 0 || row >= pooled.rows) continue;
             float* at =
                 params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
-            const float unseen = kind == Estimate::kRefined ? *at : -INFINITY;
-            const float value =
-                kind == Estimate::kLogSum ? part.lse() : share_with(part, sum, unseen);
+            float reference = finite_reference(sum.largest);
+            // The bound keeps inf / inf away.
+            float unseen = kind == Estimate::kRefined ? fminf(expf(*at - reference), 1e30f) : 0.0f;
+            float share = (part.sum * expf(part.largest - reference) + unseen) / (sum.sum + unseen);
+            share = fminf(fmaxf(share, 0.0f), 1.0f);  // 0 for NaN
+            const float value = kind == Estimate::kLogSum ? part.lse() : share;
             for (int i = 0; i < pooled.size(row); ++i) at[i] = value;
         }
     }
-    // The share when so much more is left out, as a logarithm; 0 for NaN.
-    __device__ static float share_with(const LaneSum& part, const LaneSum& sum, float log_more) {
-        const float reference = finite_reference(sum.largest);
-        const float more = fminf(expf(log_more - reference), 1e30f);  // keeps inf / inf away
-        const float share = (part.sum * expf(part.largest - reference) + more) / (sum.sum + more);
-        return fminf(fmaxf(share, 0.0f), 1.0f);
-    }
-
-    // Turns the estimates, logs of the scan's sum R, into shares by the keys of the walk. What R is
-    // short of is taken from the blocks of the walk that are left(block).
+    // Raises the estimates, logs of the scan's sum R over units, by what units fall short of their
+    // keys: by as much as those of the walked blocks that are left(block).
     template <class Left>
-    __device__ __forceinline__ void estimate_by_keys(const PooledRows& pooled, BlockSet walked,
-                                                     int first_row, Left&& left) {
-        LaneSum all[kWarpRows], omitted[kWarpRows], first_half[kWarpRows];
+    __device__ __forceinline__ void raise_to_keys(const PooledRows& pooled, BlockSet walked,
+                                                  int first_row, Left&& left) {
+        LaneSum first_half[kWarpRows];
         float gap[kWarpRows] = {};  // of a lane: logs over keys less logs over units
         int left_blocks = 0;
         bool second = false;  // half of a block
@@ -190,8 +185,6 @@ struct TileSelection {
             left_blocks += is_left && second;
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
-                all[r].add(score[r]);
-                if (is_left) omitted[r].add(score[r]);
                 LaneSum block = first_half[r];
                 block.add(score[r]);
                 first_half[r] = second ? LaneSum{} : block;
@@ -214,17 +207,12 @@ struct TileSelection {
         const float unit_keys = logf(kShortUnits.keys);
 #pragma unroll
         for (int r = 0; r < kWarpRows; ++r) {
-            const LaneSum sum = all[r].over_warp(), part = omitted[r].over_warp();
             const float mean =
                 warp_sum(gap[r]) / static_cast<float>(max(left_blocks, 1)) - unit_keys;
-            const float raised =
-                unit_keys + (left_blocks > 0 && fabsf(mean) < INFINITY ? mean : 0.0f);
             const int row = first_row + lane.row(r);
             if (lane.lane != 0 || row >= pooled.rows) continue;
-            float* at =
-                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
-            const float share = share_with(part, sum, *at + raised);
-            for (int i = 0; i < pooled.size(row); ++i) at[i] = share;
+            params.omitted_mass_estimate[pooled.flat_row(row, params.problem.query_heads)] +=
+                unit_keys + (left_blocks > 0 && fabsf(mean) < INFINITY ? mean : 0.0f);
         }
     }
 
@@ -341,10 +329,9 @@ struct TileSelection {
         auto left = [&](int block) { return !ranges.contains(block) && !taken.contains(block); };
         for (int row = 0; row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
-            if (by_keys)
-                estimate_by_keys(pooled, walked, row, left);
-            else
-                estimate(Estimate::kRefined, pooled, kShortUnits, walked, row, left);
+            if (by_keys) raise_to_keys(pooled, walked, row, left);
+            estimate(Estimate::kRefined, pooled, refinement_level(params.refinement()), walked, row,
+                     left);
         }
     }
 };
