@@ -86,6 +86,9 @@ class Run:
         records, _ = protocols.omitted(self.subject, self.policies(OMITTED))
         return records
 
+    def steps(self) -> list[Record]:
+        return protocols.steps(self.subject, self.policies(OMITTED))
+
     def survival(self) -> list[Record]:
         return protocols.survive(self.subject, self.policies(SURVIVAL), SURVIVAL_TOKENS)
 
@@ -112,6 +115,7 @@ PROTOCOLS: dict[str, Callable[[Run], list[Record]]] = {
     "needles": Run.needles,
     "prefill": Run.prefill,
     "omitted": Run.omitted,
+    "steps": Run.steps,
     "survival": Run.survival,
     "greedy": Run.greedy,
 }

@@ -64,7 +64,7 @@ def test_every_protocol_has_a_record_a_policy(evaluated):
         (protocol, *case)
         for protocol, first in (
             ("decode", [other]), ("needles", [("dense", None)]), ("prefill", [other]),
-            ("survival", [other]), ("omitted", []),
+            ("survival", [other]), ("omitted", []), ("steps", []),
         )
         for case in [*first, *both]
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_covering_budget_and_control_measure_nothing(evaluated):
         if r["protocol"] == "needles":
             assert r["needle_all"] == dense_needles["needle_all"]
             assert (r["documents"], r["tokens"]) == (2, 4)
-        if r["protocol"] == "omitted":
+        if r["protocol"] in ("omitted", "steps"):
             assert r["omitted_max"] < 1e-5
             assert r["output_error"] < 1e-5
 
@@ -179,6 +179,7 @@ def test_progress_adds_up_to_one(loaded, protocol):
         "needles": lambda: protocols.needles(loaded, chosen, 2, advance=shares.append),
         "survival": lambda: protocols.survive(loaded, chosen, 3, shares.append),
         "omitted": lambda: protocols.omitted(loaded, chosen, shares.append),
+        "steps": lambda: protocols.steps(loaded, chosen, shares.append),
     }
     run[protocol]()
     assert sum(shares) == pytest.approx(1)
@@ -256,6 +257,7 @@ def test_bench_covers_every_protocol_and_its_table_reads_them(folder, tmp_path, 
     cases = [(r["protocol"], r["selector"], r["keys"]) for r in document["records"]]
     assert set(cases) == {
         *(("decode", s, k) for s in ("block", "exact") for k in (2048, 4096)),
+        ("decode", "block", 8192), ("steps", "block", 2048),
         *((name, "dense, unfused", None) for name in ("decode", "prefill", "survival")),
         ("needles", "dense", None), ("needles", "block", 1024), ("needles", "block", 2048),
         ("prefill", "block", 2048), ("omitted", "block", 2048), ("survival", "block", 4096),

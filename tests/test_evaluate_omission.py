@@ -1,5 +1,6 @@
 """The audit of omitted mass and the texts of an evaluation."""
 
+import condensate_ext as ce
 import pytest
 import torch
 
@@ -63,6 +64,25 @@ def test_audit_is_the_definition_on_every_layers_own_queries(model, ids):
         torch.testing.assert_close(found.omitted[layer].double(), omitted, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(found.estimate[layer].double(), omitted, atol=1e-5, rtol=1e-4)
         assert found.output_error[0, layer].item() == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_rows_alone_are_decoding_steps(model, ids):
+    """The exact selector has one support a query in either case, a block list depends on the
+    tile."""
+    rows = torch.tensor([150, 233, 399])
+    together, alone = (omission.audit(model, ids, [EXACT, BLOCK], rows, alone=a) for a in (0, 1))
+    for field in ("omitted", "estimate", "output_error"):
+        torch.testing.assert_close(
+            getattr(alone[0], field), getattr(together[0], field), atol=1e-5, rtol=1e-3
+        )
+    assert not torch.equal(alone[1].omitted, together[1].omitted)
+    query, key, _ = omission.capture_layer(model, ids, 1)
+    only, kept = query[:, :, 233:234], key[:, :, :234]
+    support = {**BLOCK, "far_field": False}
+    _, lse, estimate = ce.attention_forward(only, kept, kept, **support)
+    omitted = ce.omitted_mass(only, kept, lse)[0, :, 0]
+    torch.testing.assert_close(alone[1].omitted[1, :, 1], omitted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(alone[1].estimate[1, :, 1], estimate[0, :, 0], atol=1e-5, rtol=1e-4)
 
 
 def test_covering_budget_leaves_nothing_out_and_blocks_leave_more_than_tokens(model, ids):

@@ -22,6 +22,7 @@ PROTOCOLS = {
     "needles": "needles within {distance:,} tokens, asked in the last tile",
     "prefill": "prefill through the policy, dense behind it",
     "omitted": "softmax mass left out",
+    "steps": "softmax mass left out by decoding steps",
     "survival": "greedy continuation",
 }
 Record = dict[str, Any]
@@ -125,7 +126,7 @@ def result(record: Record) -> list[str]:
 
 def selector(record: Record) -> str:
     """With what becomes of the rest, where that is not the operator's default."""
-    dropped = record.get("far_field") is False and record["protocol"] != "omitted"
+    dropped = record.get("far_field") is False and record["protocol"] not in ("omitted", "steps")
     top_p = f", top_p {record['top_p']:g}" if record.get("top_p") else ""
     return str(record["selector"]) + top_p + (", no far field" if dropped else "")
 

@@ -10,6 +10,7 @@ Protocols:
   survival  greedy continuations: tokens until they leave the dense one, and how many never do
   omitted   softmax mass left out, audited and estimated, and each layer's output error, on rows of
             the last half of the text
+  steps     the same of decoding steps: each row in a call of its own
 
 Budgets are keys per query in all: 64 anchors, a window of 256, the rest selected. Decode, prefill
 and survival also show dense attention by another kernel: what rounding alone does.
@@ -45,7 +46,7 @@ from condensate_ext.evaluate.subject import Subject, default_dtype, load
 if TYPE_CHECKING:
     from rich.console import Console
 
-PROTOCOLS = ("decode", "needles", "prefill", "survival", "omitted")
+PROTOCOLS = ("decode", "needles", "prefill", "survival", "omitted", "steps")
 _JSON = "evaluation.json"
 
 
@@ -83,6 +84,8 @@ class Evaluation:
                 found = protocols.needles(subject, policies, chosen.needles, advance=advance)
             case "survival":
                 found = protocols.survive(subject, policies, chosen.new_tokens, advance)
+            case "steps":
+                found = protocols.steps(subject, policies, advance)
             case _:
                 found, self.audits = protocols.omitted(subject, policies, advance)
         self.records += found

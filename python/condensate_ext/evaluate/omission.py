@@ -23,6 +23,7 @@ from condensate_ext.hf import replaced_attention
 from condensate_ext.ops import attention, attention_forward, omitted_mass
 
 AUDITED_ROWS = 256  # a document
+AUDITED_STEPS = 24  # a document; each takes calls of its own
 CONFIDENCE = 0.95
 
 
@@ -63,13 +64,43 @@ def dense_attention(
     )
 
 
+def _measured(
+    query: Tensor, key: Tensor, value: Tensor, policy: Policy, rows: Tensor, scale: float | None
+) -> list[Tensor]:
+    """Of some rows: output ``[heads, rows, D]``, omitted mass, its estimate ``[heads, rows]``."""
+    out = attention(query, key, value, scale=scale, **policy)
+    # The far field enters the log-sum-exp; what is audited is the support alone.
+    support = {**policy, "far_field": False}
+    _, lse, estimate = attention_forward(query, key, value, scale=scale, **support)
+    omitted = omitted_mass(query, key, lse, rows=rows, scale=scale)
+    return [out[0, :, rows].float(), omitted[0], estimate[0, :, rows]]
+
+
+def _measured_alone(
+    query: Tensor, key: Tensor, value: Tensor, policy: Policy, rows: Tensor, scale: float | None
+) -> list[Tensor]:
+    """The same, each row in a call of its own, over the keys up to it, as decoding would."""
+    only = torch.zeros(1, dtype=torch.int64, device=query.device)
+    steps = []
+    for p in rows.tolist():
+        keys, values = key[:, :, : p + 1], value[:, :, : p + 1]
+        steps.append(_measured(query[:, :, p : p + 1], keys, values, policy, only, scale))
+    return [torch.cat(parts, 1) for parts in zip(*steps, strict=True)]
+
+
 class _Auditor:
     """Stands in for every layer's attention, computes it densely and the policies beside it."""
 
     def __init__(
-        self, policies: Sequence[Policy], rows: Tensor, layers: int, advance: Advance
+        self,
+        policies: Sequence[Policy],
+        rows: Tensor,
+        layers: int,
+        alone: bool,
+        advance: Advance,
     ) -> None:
         self.policies, self.rows, self.layers, self.advance = policies, rows, layers, advance
+        self.measured = _measured_alone if alone else _measured
         self.omitted: list[list[Tensor]] = [[] for _ in policies]  # per layer [heads, rows]
         self.estimate: list[list[Tensor]] = [[] for _ in policies]
         self.error: list[list[Tensor]] = [[] for _ in policies]
@@ -78,13 +109,9 @@ class _Auditor:
         dense = dense_attention(query, key, value, scale=scale)
         expected = dense[0, :, self.rows].float()
         for number, policy in enumerate(self.policies):
-            out = attention(query, key, value, scale=scale, **policy)[0, :, self.rows].float()
-            # The far field enters the log-sum-exp; what is audited is the support alone.
-            support = {**policy, "far_field": False}
-            _, lse, estimate = attention_forward(query, key, value, scale=scale, **support)
-            omitted = omitted_mass(query, key, lse, rows=self.rows, scale=scale)
-            self.omitted[number].append(omitted[0])
-            self.estimate[number].append(estimate[0, :, self.rows])
+            out, omitted, estimate = self.measured(query, key, value, policy, self.rows, scale)
+            self.omitted[number].append(omitted)
+            self.estimate[number].append(estimate)
             self.error[number].append((out - expected).norm() / expected.norm())
         self.advance(1 / self.layers)
         return dense
@@ -105,15 +132,18 @@ def audit(
     policies: Sequence[Policy],
     rows: Tensor | None = None,
     advance: Advance = silent,
+    *,
+    alone: bool = False,
 ) -> list[Audit]:
     """Audits every policy on every layer of one text ``[1, n]``.
 
-    ``rows`` are positions in its last half, by default those of :func:`audited_rows`.
+    ``rows`` are positions in its last half, by default those of :func:`audited_rows`. They are rows
+    of a prefill, or each ``alone``, as if it were decoded.
     """
     tokens = ids.shape[1]
     rows = audited_rows(tokens)[0] if rows is None else rows
     layers = model.config.get_text_config().num_hidden_layers
-    auditor = _Auditor(policies, rows.to(ids.device), layers, advance)
+    auditor = _Auditor(policies, rows.to(ids.device), layers, alone, advance)
     with replaced_attention(model, auditor):
         model.base_model(input_ids=ids, use_cache=False)
     return [auditor.result(number, _last_half(tokens)) for number in range(len(policies))]

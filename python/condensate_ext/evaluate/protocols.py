@@ -173,19 +173,30 @@ def omitted(
 
     Returns the records, and for each policy the audit that it sums up.
     """
+    return _audited("omitted", subject, policies, omission.AUDITED_ROWS, advance)
+
+
+def steps(subject: Subject, policies: Sequence[Policy], advance: Advance = silent) -> list[Record]:
+    """The same of decoding steps: each sampled row is a call of its own."""
+    return _audited("steps", subject, policies, omission.AUDITED_STEPS, advance)[0]
+
+
+def _audited(
+    name: str, subject: Subject, policies: Sequence[Policy], count: int, advance: Advance
+) -> tuple[list[Record], list[Audit]]:
     parts: list[list[Audit]] = [[] for _ in policies]
     part = share_of(advance, len(subject.windows))
-    drawn = omission.audited_rows(subject.context, len(subject.windows))
+    drawn = omission.audited_rows(subject.context, len(subject.windows), count)
     for window, rows in zip(subject.windows, drawn, strict=True):
         ids = subject.ids([window], subject.context)
-        results = omission.audit(subject.model, ids, policies, rows, part)
+        results = omission.audit(subject.model, ids, policies, rows, part, alone=name == "steps")
         for collected, result in zip(parts, results, strict=True):
             collected.append(result)
     whole = [omission.joined(collected) for collected in parts]
     audited = sum(map(len, drawn))
     return [
         record(
-            "omitted", policy, **omission.summary(result),
+            name, policy, **omission.summary(result),
             documents=len(subject.windows), tokens=audited,
         )
         for policy, result in zip(policies, whole, strict=True)

@@ -41,6 +41,16 @@ _SURVIVAL: tuple[Column, ...] = (
     ("identical_tokens_median", "median", _tokens),
     ("survived", "prompts that survive", _percent),
 )
+_OMISSION: tuple[Column, ...] = (
+    ("omitted_mean", "mean", _number),
+    ("omitted_low", "95 % from", _number),
+    ("omitted_high", "to", _number),
+    ("omitted_p99", "p99", _number),
+    ("omitted_max", "max", _number),
+    ("estimate_mean", "estimated mean", _number),
+    ("estimate_error", "estimate off by", _number),
+    ("output_error", "output error", _number),
+)
 # protocol: (title, what a document was sampled at, columns)
 TABLES: dict[str, tuple[str, str, tuple[Column, ...]]] = {
     "decode": ("decode: dense prefill, then one query at a time", "tokens", _LANGUAGE),
@@ -54,17 +64,9 @@ TABLES: dict[str, tuple[str, str, tuple[Column, ...]]] = {
     "omitted": (
         "softmax mass left out, of every layer and head, and the output's relative error",
         "rows a head",
-        (
-            ("omitted_mean", "mean", _number),
-            ("omitted_low", "95 % from", _number),
-            ("omitted_high", "to", _number),
-            ("omitted_p99", "p99", _number),
-            ("omitted_max", "max", _number),
-            ("estimate_mean", "estimated mean", _number),
-            ("estimate_error", "estimate off by", _number),
-            ("output_error", "output error", _number),
-        ),
+        _OMISSION,
     ),
+    "steps": ("the same of decoding steps", "rows a head", _OMISSION),
 }
 
 
