@@ -256,8 +256,8 @@ def test_bench_covers_every_protocol_and_its_table_reads_them(folder, tmp_path, 
     document = json.loads(path.read_text(encoding="utf-8"))
     cases = [(r["protocol"], r["selector"], r["keys"]) for r in document["records"]]
     assert set(cases) == {
-        *(("decode", s, k) for s in ("block", "exact") for k in (2048, 4096)),
-        ("decode", "block", 8192), ("steps", "block", 2048),
+        *(("decode", "block", k) for k in (2048, 4096, 6144)), ("decode", "exact", 2048),
+        ("steps", "block", 2048),
         *((name, "dense, unfused", None) for name in ("decode", "prefill", "survival")),
         ("needles", "dense", None), ("needles", "block", 1024), ("needles", "block", 2048),
         ("prefill", "block", 2048), ("omitted", "block", 2048), ("survival", "block", 4096),
