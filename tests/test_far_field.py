@@ -181,7 +181,7 @@ def test_attention_is_its_stages_one_after_another(device, selector):
     query, key, value = case.tensors()
     summaries = ops.block_summaries(key, selector=selector)
     lists = ops.select_blocks(
-        query, summaries, kv_len=900, topk=64, selector=selector, **case.range_args
+        query, summaries, kv_len=900, topk=64, selector=selector, **case.attention_args
     )
     staged = _attend(case, (query, key, value), lists)
     whole = ops.attention_forward(

@@ -247,7 +247,7 @@ struct Call {
     Problem problem;
     Tensor query, key, value;
     int64_t max_blocks = 0;
-    bool refines_by_keys = false;    // select_blocks is given the keys
+    bool refines_by_keys = false;  // select_blocks is given the keys
     bool lists_for_far_field = false;
     std::vector<int32_t> head_keys;  // budgets of select_blocks, if any
     float top_p = 0.0f;
