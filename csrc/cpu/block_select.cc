@@ -440,8 +440,10 @@ class TileSelection {
             const double mean_gap = gap[row] / std::max(left_blocks, 1);
             const double beyond = s_.rest[pool_of(scan_tile_, scan_pool(), g, i)] + unit_keys +
                                   (std::isfinite(mean_gap) ? mean_gap : 0.0);
+            // 0 where NaN or +inf is, which the units' sum tells.
+            if (std::isnan(s_.queries.state->sum[row])) return 0.0;
             const double share = std::exp(log_add(left[row], beyond) - log_add(seen[row], beyond));
-            return share > 0 ? share : 0.0;  // 0 for NaN
+            return share > 0 ? share : 0.0;
         });
     }
     static double log_sum(float max, float sum) { return double{max} + std::log(double{sum}); }
