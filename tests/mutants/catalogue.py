@@ -25,6 +25,8 @@ SHORTLISTS = "test_block_selection.py exact_scores or keys_rank or refined_by_it
 TOP_P = "test_block_selection.py top_p or whole_mass"
 BUDGETS = "test_block_selection.py has_its_own_budget"
 SHARED_SCANS = "test_block_selection.py shared_scan or share_a_scan"
+WHOLE = "test_block_selection.py attended_as_a_whole"
+KEYS = "test_block_selection.py single_query"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
@@ -298,6 +300,34 @@ CPU = (
         SHORTLISTS,
     ),
     Mutant(
+        "windows_listed_for_a_far_field",
+        "include/condensate/geometry.h",
+        "whole == WholeBlocks::kAll && block >= window.begin",
+        "whole == WholeBlocks::kAll && block > window.begin",
+        WHOLE,
+    ),
+    Mutant(
+        "anchors_listed_for_a_far_field",
+        "include/condensate/geometry.h",
+        "if (whole != WholeBlocks::kNone && block < anchor_blocks(r, t).end) return false;",
+        "if (whole != WholeBlocks::kNone && block + 1 < anchor_blocks(r, t).end) return false;",
+        WHOLE,
+    ),
+    Mutant(
+        "units_not_raised_to_their_keys",
+        "cpu/block_select.cc",
+        "std::isfinite(mean_gap) ? mean_gap : 0.0",
+        "0.0 * mean_gap",
+        KEYS,
+    ),
+    Mutant(
+        "gap_of_walked_blocks_too",
+        "cpu/block_select.cc",
+        "                if (!is_left) continue;\n",
+        "                if (!is_left && row > 0) continue;\n",
+        KEYS,
+    ),
+    Mutant(
         "coarse_mean_in_a_short_ones_place",
         "include/condensate/geometry.h",
         "constexpr UnitLevel kCoarseUnits = {64, 1, 8};",
@@ -465,6 +495,22 @@ CUDA = (
         "entry < eligible.low_end",
         "entry < eligible.end",
         SHARED_SCANS,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_windows_listed_for_a_far_field",
+        "kernels/block_select/eligible.h",
+        "low = min_i64(low, window.begin);",
+        "low = min_i64(low, window.begin + 1);",
+        WHOLE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_units_not_raised_to_their_keys",
+        "kernels/block_select/estimate.h",
+        "raised = unit_keys + (left_blocks > 0 && fabsf(gap) < INFINITY ? gap : 0.0f);",
+        "raised = unit_keys;",
+        KEYS,
         "cuda",
     ),
     Mutant(
