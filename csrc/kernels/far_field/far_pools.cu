@@ -47,7 +47,9 @@ __device__ __forceinline__ void add_blocks(float (&sum)[kElems], const T* means,
 }
 
 template <class T, int kElems>
-__global__ void __launch_bounds__(kThreads) far_pools_kernel(FarPoolsParams params, PoolGrid grid) {
+__global__ void __launch_bounds__(kThreads)
+    far_pools_kernel(const __grid_constant__ FarPoolsParams params,
+                     const __grid_constant__ PoolGrid grid) {
     using Chunk = Vec<T, kElems>;
     using Sums = Vec<float, kElems>;
     const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
