@@ -14,6 +14,7 @@ from bench import plot, report
 from bench.cases import CASES, Case, few_heads, refinement_scores, scan_scores
 from bench.inputs import given_lists, make_inputs, mean_keys_per_query
 from bench.peers import flex_mask, pack_tiles, unpack_tiles
+from bench.prefill import expected_seconds
 from tests.testkit import definition
 
 SMALL = (
@@ -149,6 +150,15 @@ def test_records_are_validated_shown_and_drawn(tmp_path: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     with pytest.raises(jsonschema.ValidationError):
         report.validate(document(record(CASES[0], -1.0)))
+
+
+def test_a_short_case_is_not_skipped_because_a_long_one_took_its_time() -> None:
+    measured = [(131072, 20.0), (16384, 8.0), (1048576, 60.0)]
+    assert expected_seconds(replace(SMALL[0], n=1024), []) == 0
+    assert expected_seconds(replace(SMALL[0], n=1024), measured) == 8
+    assert expected_seconds(replace(SMALL[0], n=32768), measured) == 20
+    assert expected_seconds(replace(SMALL[0], n=524288), measured) == 60
+    assert expected_seconds(replace(SMALL[0], n=2**21), measured) == 60
 
 
 def test_selection_work_counts_the_scores_of_the_definition() -> None:
