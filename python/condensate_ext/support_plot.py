@@ -40,7 +40,13 @@ def _block_mass(layer: CapturedLayer, head: int, tile: int) -> Tensor:
 
 
 def _support(
-    layer: CapturedLayer, head: int, tile: int, window: int, anchors: int, **selection: Any
+    layer: CapturedLayer,
+    head: int,
+    tile: int,
+    window: int,
+    anchors: int,
+    far_field: bool,
+    **selection: Any,
 ) -> Tensor:
     """``[tiles, blocks]``: why the tile's last query attends a block, NaN where it is not past."""
     indices, _ = select_blocks(
@@ -49,13 +55,16 @@ def _support(
         kv_len=layer.key.shape[2],
         window=window,
         anchors=anchors,
+        far_field=far_field,
         **selection,
     )
     queries, keys = layer.query.shape[2], layer.key.shape[2]
     last = torch.arange(keys - queries + tile - 1, keys, tile)[:, None]
     begin = torch.arange(0, keys, _BLOCK)[None]
+    # With the far field the blocks of all the tile's windows are attended, as a whole.
+    reaching = last - tile + 1 if far_field else last
     kind = torch.full((queries // tile, keys // _BLOCK), float(_OMITTED))
-    kind[begin + _BLOCK > last - window + 1] = _WINDOW
+    kind[begin + _BLOCK > reaching - window + 1] = _WINDOW
     kind[(begin < anchors).expand_as(kind)] = _ANCHOR
     for row, blocks in zip(kind, indices[0, _kv_head(layer, head)], strict=True):
         row[blocks[blocks >= 0].long()] = _SELECTED
@@ -72,6 +81,7 @@ def draw(
     topk: int,
     selector: BlockSelector = "block",
     top_p: float | None = None,
+    far_field: bool = True,
 ) -> None:
     """Writes the picture of one head; needs matplotlib.
 
@@ -103,7 +113,9 @@ def draw(
     above.set_title(
         f"{layer.model}, layer {layer.layer}, head {head}: where dense attention looks", loc="left"
     )
-    kinds = _support(layer, head, tile, window, anchors, topk=topk, selector=selector, top_p=top_p)
+    kinds = _support(
+        layer, head, tile, window, anchors, far_field, topk=topk, selector=selector, top_p=top_p
+    )
     below.imshow(
         kinds.numpy(),
         cmap=ListedColormap(_COLOURS),
