@@ -209,11 +209,11 @@ def select_blocks(
     """Picks, for every tile of queries, the 64-key blocks of largest estimated softmax mass.
 
     A tile is ``P`` consecutive queries of all ``G = Hq / Hkv`` heads of one KV head; ``P`` is the
-    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Blocks
-    are scored by averaged queries of up to 8 positions; past 262,144 keys, and for a single query
-    whose keys are given, ``"block"`` ranks a shortlist of ``max(64, 2 * K)`` blocks again, for a
-    single query of ``max(64, 4 * K)``. Ties go
-    to the lower block. The result does not depend on what else is in the batch.
+    largest power of two with ``P * G <= 128``, at most 64, and ``T = ceil(Lq / P)``. Blocks are
+    scored by averaged queries of up to 8 positions. ``"block"`` ranks a shortlist again past
+    262,144 keys (of ``max(64, 2 * K)`` blocks) and for a single query whose keys are given (of
+    ``max(64, 4 * K)``). Ties go to the lower block. The result does not depend on what else is in
+    the batch.
 
     Args:
         query: ``[B, Hq, Lq, D]``.
