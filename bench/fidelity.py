@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 DECODE = [
     Case("block", 2048), Case("block", 2048, far_field=False), Case("block", 4096),
-    Case("exact", 2048), Case("block", 6144, top_p=0.2),  # of which about 2,048 on average
+    Case("exact", 2048), Case("block", 6144, top_p=0.2),  # README says how many on average
 ]  # fmt: skip
 NEEDLES = [Case("block", 1024), Case("block", 2048), Case("block", 2048, far_field=False)]
 PREFILL = [Case("block", 2048), Case("block", 2048, far_field=False)]

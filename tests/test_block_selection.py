@@ -11,6 +11,7 @@ import torch
 
 from tests.testkit import selection
 from tests.testkit.cases import Case
+from tests.testkit.checks import scored_lists
 from tests.testkit.definition import DTYPES
 
 ops = torch.ops.condensate
@@ -39,16 +40,8 @@ def _integer_problem(case: Case, levels: int) -> tuple[torch.Tensor, torch.Tenso
 def _lists(case: Case, query: torch.Tensor, key: torch.Tensor, *, refined: bool = True):
     """The case's scores by the definition, and its lists: those of attention, for which a single
     query is `refined` by the keys, or those from the summaries alone."""
-    given = key if refined else None
     summaries = ops.block_summaries(key, selector=case.selector)
-    lists = ops.select_blocks(
-        query, summaries, given, kv_len=case.kv_len, **case.selection_args, **case.attention_args
-    )
-    scores = selection.Scores(
-        query, summaries, case.ranges, case.selector, case.scale, key=given,
-        far_field=case.far_field, exact=case.content == "integers",
-    )  # fmt: skip
-    return scores, lists
+    return scored_lists(case, query, summaries, key if refined else None)
 
 
 def _check_exact_lists(

@@ -78,14 +78,16 @@ void far_pools(const FarPoolsParams& params) {
                 const Acc keys =
                     static_cast<Acc>(count_keys(params.kv_len, unwalked(none_walked, first, end)));
                 for (int64_t d = 0; d < params.head_dim; ++d) {
+                    Acc sum = 0;
                     for (int64_t n = 0; n < running; ++n) {
                         const bool last = n + 1 == running;
                         const int64_t until = last ? end : first + (n + 1) * kFarSumBlocks;
+                        sum = sum_until(min_i64(until, end), d);  // the last one: of all the pool
                         params.sums[(pool_at * running + n) * params.head_dim + d] =
-                            static_cast<float>(sum_until(min_i64(until, end), d));
+                            static_cast<float>(sum);
                     }
                     store_number(params.dtype, params.means, pool_at * params.head_dim + d,
-                                 static_cast<float>(sum_until(end, d) / keys));
+                                 static_cast<float>(sum / keys));
                 }
                 ++pool_at;
             }

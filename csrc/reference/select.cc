@@ -218,12 +218,10 @@ Blocks without(const Blocks& a, const Blocks& b) {
 
 // What the attention walks: `listed` and the blocks of anchors and windows.
 Blocks walked_blocks(const Tile& t, const Blocks& listed) {
-    const BlockRange anchors = anchor_blocks(t.ranges(), t.span);
-    const BlockRange window = window_blocks(t.ranges(), t.span);
+    const RangeBlocks ranges(t.ranges(), t.span);
     Blocks walked;
     for (int64_t block : all_blocks(t))
-        if (contains(listed, block) || (block >= anchors.begin && block < anchors.end) ||
-            (block >= window.begin && block < window.end))
+        if (contains(listed, block) || ranges.contains(static_cast<int>(block)))
             walked.push_back(block);
     return walked;
 }

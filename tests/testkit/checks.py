@@ -151,10 +151,11 @@ def _check_block_selector(case: Case) -> Outcome:
     return Outcome(oracle.assert_matches(reference, out, lse))
 
 
-def _check_lists(
+def scored_lists(
     case: Case, query: Tensor, summaries: Tensor, key: Tensor | None
-) -> tuple[selection.Scores, Tensor]:
-    """The lists of select_blocks; with the keys they are those of attention."""
+) -> tuple[selection.Scores, tuple[Tensor, Tensor]]:
+    """The case's scores by the definition, and the lists of select_blocks; with the keys they are
+    those of attention."""
     lists = ops.select_blocks(
         query, summaries, key, kv_len=case.kv_len, **case.selection_args, **case.attention_args
     )
@@ -162,6 +163,13 @@ def _check_lists(
         query, summaries, case.ranges, case.selector, case.scale, key=key,
         far_field=case.far_field, exact=case.content == "integers",
     )  # fmt: skip
+    return scores, lists
+
+
+def _check_lists(
+    case: Case, query: Tensor, summaries: Tensor, key: Tensor | None
+) -> tuple[selection.Scores, Tensor]:
+    scores, lists = scored_lists(case, query, summaries, key)
     return scores, selection.check_lists(scores, *lists, case.budget)
 
 

@@ -173,23 +173,29 @@ def omitted(
 
     Returns the records, and for each policy the audit that it sums up.
     """
-    return _audited("omitted", subject, policies, omission.AUDITED_ROWS, advance)
+    return _audited("omitted", subject, policies, omission.AUDITED_ROWS, advance, alone=False)
 
 
 def steps(subject: Subject, policies: Sequence[Policy], advance: Advance = silent) -> list[Record]:
     """The same of decoding steps: each sampled row is a call of its own."""
-    return _audited("steps", subject, policies, omission.AUDITED_STEPS, advance)[0]
+    return _audited("steps", subject, policies, omission.AUDITED_STEPS, advance, alone=True)[0]
 
 
 def _audited(
-    name: str, subject: Subject, policies: Sequence[Policy], count: int, advance: Advance
+    name: str,
+    subject: Subject,
+    policies: Sequence[Policy],
+    count: int,
+    advance: Advance,
+    *,
+    alone: bool,
 ) -> tuple[list[Record], list[Audit]]:
     parts: list[list[Audit]] = [[] for _ in policies]
     part = share_of(advance, len(subject.windows))
     drawn = omission.audited_rows(subject.context, len(subject.windows), count)
     for window, rows in zip(subject.windows, drawn, strict=True):
         ids = subject.ids([window], subject.context)
-        results = omission.audit(subject.model, ids, policies, rows, part, alone=name == "steps")
+        results = omission.audit(subject.model, ids, policies, rows, part, alone=alone)
         for collected, result in zip(parts, results, strict=True):
             collected.append(result)
     whole = [omission.joined(collected) for collected in parts]
