@@ -3,8 +3,9 @@
 `python -m bench.prefill` writes bench/results/<card>/prefill.json; `--quick` measures one
 case, `--dry-run` needs no GPU and prints what would be measured.
 
-total_ms is one attention() call as users make it, selection and far field inside; support_ms the
-same without the far field; select_ms is block_summaries + select_blocks, attend_ms is
+total_ms is one attention() call as users make it, selection and far field inside; forward_ms the
+same by attention_forward(), which also estimates the omitted mass; support_ms one attention() call
+without the far field; select_ms is block_summaries + select_blocks, attend_ms is
 block_sparse_attention with the list given, far_attend_ms the same with the far field. TFLOP/s count
 4 * n * b * heads * head_dim for the exact mean b of keys per query, nothing for selection and far
 field. percent_of_floor is the attention's
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 FLEX = "flex_same_lists"
 LIST_STAGES = ("block_sparse_attention", "with far field")
-WHOLE_STAGES = ("attention", "attention without far field")
+WHOLE_STAGES = ("attention", "attention_forward", "attention without far field")
 MAX_DIFFERENCE = 0.05  # of two 16-bit results of size 4 at most: the same mask, not the last bit
 QUALITY = "fidelity.json"  # beside this run's file: these settings on a trained model
 
@@ -82,6 +83,12 @@ class CaseRun:
         assert isinstance(out, torch.Tensor)
         return out
 
+    def forward(self, i: int) -> object:
+        inputs = self.sets[i]
+        return self.ops.attention_forward(
+            inputs.query, inputs.key, inputs.value, topk=self.case.topk, **self.ranges
+        )
+
     def rotating(self, function: Callable[[int], object]) -> Timed:
         return lambda round_number: function(round_number % len(self.sets))
 
@@ -92,6 +99,7 @@ class CaseRun:
             "block_sparse_attention": self.rotating(self.attend),
             "with far field": self.rotating(lambda i: self.attend(i, far_field=True)),
             "attention": self.rotating(self.total),
+            "attention_forward": self.rotating(self.forward),
             "attention without far field": self.rotating(lambda i: self.total(i, far_field=False)),
         }
 
@@ -188,6 +196,7 @@ def measure(case: Case, ops: ModuleType, ceilings: Ceilings, with_flex: bool) ->
         "selection_included": True,
         "total_ms": round(total, 4),
         "select_ms": round(medians["block_summaries"] + medians["select_blocks"], 4),
+        "forward_ms": round(medians["attention_forward"], 4),
         "support_ms": round(medians["attention without far field"], 4),
         "attend_ms": round(attend, 4),
         "far_attend_ms": round(medians["with far field"], 4),

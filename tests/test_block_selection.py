@@ -11,7 +11,7 @@ import torch
 
 from tests.testkit import selection
 from tests.testkit.cases import Case
-from tests.testkit.checks import scored_lists
+from tests.testkit.checks import check_estimate, scored_lists
 from tests.testkit.definition import DTYPES
 
 ops = torch.ops.condensate
@@ -59,13 +59,12 @@ def _check_estimate(
     case: Case, scores: selection.Scores, chosen: torch.Tensor, key: torch.Tensor
 ) -> None:
     """The estimate of the whole op, which makes the same lists."""
-    estimate = ops.attention_forward(
-        scores.query, key, case.tensors()[2], **case.selection_args, **case.attention_args
-    )[2]
+    qkv = scores.query, key, case.tensors()[2]
+    estimate = ops.attention_forward(*qkv, **case.selection_args, **case.attention_args)[2]
     if case.ranges.dense_is_faster(case.topk) and case.topk_per_head is None:
         assert not estimate.any()  # nothing is left out
     else:
-        selection.check_estimate(scores, estimate, chosen, case.budget)
+        check_estimate(case, scores, chosen, qkv, estimate)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

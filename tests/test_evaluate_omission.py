@@ -10,7 +10,8 @@ from condensate_ext.audit import mean_interval  # noqa: E402
 from condensate_ext.evaluate import omission, policies, text  # noqa: E402
 from condensate_ext.evaluate.omission import Audit  # noqa: E402
 
-from tests.testkit import tiny_lm  # noqa: E402
+from tests.testkit import far_field, oracle, tiny_lm  # noqa: E402
+from tests.testkit.definition import Ranges, listed_blocks  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,17 +96,68 @@ def test_covering_budget_leaves_nothing_out_and_blocks_leave_more_than_tokens(mo
     assert (block.estimate - block.omitted).abs().max() > 1e-4  # an estimate, unlike exact's
 
 
-def test_far_field_changes_the_output_and_not_the_audit(monkeypatch, model, ids):
-    """The audit is of the attended keys; pooled terms must not count as attended."""
-    plain = omission.attention
+def whole_blocks(query, key, policy):
+    """By the definition, the mass [heads, queries] outside what a call with far field attends."""
+    (heads, query_len), kv_len = query.shape[1:3], key.shape[2]
+    ranges = Ranges(query_len, kv_len, policy["window"], policy["anchors"], causal=True)
+    summaries = ce.block_summaries(key, selector=policy["selector"])
+    lists = ce.select_blocks(query, summaries, key, kv_len=kv_len, **{**policy, "far_field": True})
+    listed, _ = listed_blocks(*lists, kv_len)
+    attended = far_field.divide(ranges, listed, heads).attended
+    lse = oracle.attention(query, key, key, attended).lse
+    return oracle.omitted_mass(query, key, lse, ranges.visible())[0]
 
-    def pooled(*arguments, far_field, **options):
-        return (1.5 if far_field else 1) * plain(*arguments, **options)
 
-    monkeypatch.setattr(omission, "attention", pooled)
-    without, with_it = omission.audit(model, ids, [BLOCK, {**BLOCK, "far_field": True}])
-    assert torch.equal(with_it.omitted, without.omitted)
-    assert (with_it.output_error > without.output_error).all()
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("selector", ["block", "quest", "mean"])
+@pytest.mark.parametrize("window, anchors", [(8, 4), (0, 0), (70, 65)])
+def test_with_far_field_the_audit_is_of_the_whole_blocks_that_it_attends(
+    model, ids, selector, window, anchors, alone
+):
+    policy = {"window": window, "anchors": anchors, "topk": 64, "selector": selector}
+    rows = torch.tensor([250, 333, 399])
+    (found,) = omission.audit(model, ids, [policy], rows, alone=alone)
+    (given,) = omission.audit(model, ids, [{**policy, "far_field": True}], rows, alone=alone)
+    for field in ("omitted", "estimate", "output_error"):
+        assert torch.equal(getattr(found, field), getattr(given, field)), "it is the default"
+    for layer in range(2):
+        query, key, value = omission.capture_layer(model, ids, layer)
+        if alone:
+            calls = [
+                (query[:, :, p : p + 1], key[:, :, : p + 1], value[:, :, : p + 1])
+                for p in rows.tolist()
+            ]
+            places = [0]
+        else:
+            calls, places = [(query, key, value)], rows
+        omitted = torch.cat([whole_blocks(q, k, policy)[:, places] for q, k, _ in calls], 1)
+        forward = [[t[0, :, places] for t in ce.attention_forward(*c, **policy)] for c in calls]
+        out, _, estimate = (torch.cat(parts, 1) for parts in zip(*forward, strict=True))
+        dense = omission.dense_attention(query, key, value)[0, :, rows]
+        assert omitted.max() > 0.05
+        torch.testing.assert_close(found.omitted[layer].double(), omitted, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.estimate[layer], estimate, atol=1e-6, rtol=1e-5)
+        error = (out - dense).norm() / dense.norm()
+        assert found.output_error[0, layer].item() == pytest.approx(error.item(), rel=1e-3)
+
+
+def test_what_is_attended_depends_on_the_far_field(model, ids):
+    """Whole blocks leave out less than the keys that they hold, pools as much as nothing."""
+    far = {**BLOCK, "far_field": True}
+    without, with_it = omission.audit(model, ids, [BLOCK, far])
+    assert with_it.omitted.mean() < without.omitted.mean()
+    assert with_it.omitted.mean() > 0.05
+    assert (with_it.output_error < without.output_error).all()
+
+
+def test_a_call_that_attends_everything_omits_nothing(model):
+    """Also where selecting would not be faster, though the budget does not reach every key."""
+    ids = torch.randint(90, (1, 1100), generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([600, 1099])
+    policy = {"window": 8, "anchors": 4, "topk": 512}
+    found, listed = omission.audit(model, ids, [policy, {**policy, "topk": 256}], rows)
+    assert found.omitted.max() < 1e-5 and not found.estimate.any()
+    assert (listed.omitted > 1e-3).any() and listed.estimate.any()
 
 
 def test_no_layer_beyond_the_models(model, ids):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.testkit import cases, checks, definition, naive, oracle, poison, selection
+from tests.testkit import cases, checks, definition, far_field, naive, oracle, poison, selection
 
 # Each fault is looked for in so many random cases; most are found in the first few.
 CASES_PER_FAULT = 160
@@ -41,6 +41,51 @@ def test_list_entries_that_fall_or_leave_the_range_are_skipped():
     assert listed[0, 0, 0].int().tolist() == [0, 0, 1, 0, 0] and not invalid
     _, invalid = definition.listed_blocks(indices, torch.tensor([[[-1]]]), 5 * 64)
     assert invalid
+
+
+def test_sampled_blocks_are_at_most_eight_of_a_list():
+    ranges = definition.Ranges(query_len=4, kv_len=40 * 64 - 9, window=0, anchors=0, causal=False)
+    for count, places in {
+        0: [], 1: [0], 7: [*range(7)], 8: [*range(8)], 9: [0, 2, 4, 6, 8], 16: [*range(0, 16, 2)],
+        17: [0, 3, 6, 9, 12, 15],
+    }.items():  # fmt: skip
+        blocks = 3 + 2 * torch.arange(count)
+        listed = torch.zeros(1, 1, 1, 40, dtype=torch.bool)
+        listed[..., blocks] = True
+        sampled = far_field.sampled_blocks(ranges, listed, 1)
+        assert sampled[0, 0, 0].nonzero().flatten().tolist() == [3 + 2 * n for n in places]
+        # The last block holds 55 keys.
+        listed[..., -1] = True
+        assert not far_field.sampled_blocks(ranges, listed, 1)[..., -1].any()
+
+
+def test_blocks_that_some_row_does_not_see_in_full_take_a_place_and_are_not_sampled():
+    ranges = definition.Ranges(query_len=4, kv_len=40 * 64, window=0, anchors=0, causal=True)
+    listed = torch.zeros(1, 1, 1, 40, dtype=torch.bool)
+    listed[..., [2, 5, 39]] = True
+    assert far_field.sampled_blocks(ranges, listed, 1).nonzero()[:, -1].tolist() == [2, 5]
+
+
+def test_estimate_of_a_row_done_by_hand():
+    """One walked block of 62 keys at score 0 and 2 at log 32, one pool of 64 at log 2."""
+    query = torch.zeros(1, 1, 2, 8)
+    query[..., 0] = 1.0
+    key = torch.zeros(1, 1, 128, 8)
+    key[:, :, :2, 0] = math.log(32)
+    key[:, :, 64:, 0] = math.log(2)
+    ranges = definition.Ranges(query_len=2, kv_len=128, window=0, anchors=0, causal=False)
+    listed = torch.tensor([True, False]).view(1, 1, 1, 2)
+    means = key.unflatten(2, (2, 64)).mean(3)
+    found = far_field.estimated_omission(
+        query, key, far_field.divide(ranges, listed, 1), means,
+        far_field.sampled_blocks(ranges, listed, 1), scale=1.0,
+    )  # fmt: skip
+    kept, pools = 62 + 2 * 32, 64 * 2
+    raised = pools * (kept / 64) / 32 ** (2 / 64)  # by the gap of the walked block
+    for share in found.share.flatten().tolist():
+        assert share == pytest.approx(raised / (raised + kept), rel=1e-6)
+    assert (found.least < found.share).all() and (found.share < found.most).all()
+    assert (found.most - found.least).max() < 1e-3
 
 
 def test_oracle_on_a_softmax_done_by_hand():

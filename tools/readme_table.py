@@ -71,6 +71,7 @@ def prefill_table(document: Record) -> str:
             f"{r['n']:,}, H{r['heads']} KV{r['kv_heads']} d{r['head_dim']} {r['dtype']}",
             f"{r['budget']:,}" if r["selection"] == "blocks" else "all",
             milliseconds(r["total_ms"]),
+            milliseconds(r["forward_ms"]),
             milliseconds(r["support_ms"]),
             milliseconds(r["select_ms"]) if r["selection"] == "blocks" else "-",
             f"{milliseconds(r['peer_ms'])} ({r['peer'].removeprefix('sdpa_')})",
@@ -80,8 +81,8 @@ def prefill_table(document: Record) -> str:
         for r in records
     ]
     header = [
-        "tokens, shape", "keys per query", "`attention()` ms", "without far field",
-        "of it selection",
+        "tokens, shape", "keys per query", "`attention()` ms", "with the omitted mass estimated",
+        "without far field", "of it selection",
         "torch's best dense ms", "speed-up", "memory, of K and V",
     ]  # fmt: skip
     title = caption(document, "Causal prefill, batch 1, selection and far field included")

@@ -1,5 +1,6 @@
 // Attention tile by tile: the rows of a tile share the blocks they visit, so keys and values are
 // converted to float32 once per tile and block, and the inner loops are two dense products.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 
@@ -10,6 +11,13 @@
 
 namespace condensate::cpu {
 namespace {
+
+// What every row gathers for its estimate of the omitted mass.
+struct RowGaps {
+    double gap[kMaxRows];    // sum over counted blocks of log(sum of exp(score)) - mean score
+    float blocks[kMaxRows];  // counted
+    float kept[kMaxRows];    // the softmax's sum before the pools, relative to its maximum now
+};
 
 struct Scratch {
     Scratch(Arena& arena, const Problem& p)
@@ -24,6 +32,7 @@ struct Scratch {
           mask(arena.take<RowMask>(1)),
           state(arena.take<SoftmaxState>(1)),
           line(arena.take<float>(p.head_dim)),
+          gap(arena.take<RowGaps>(1)),
           walked(arena.take<int32_t>(num_blocks(p.kv_len))) {}
 
     QueryRows rows;
@@ -36,7 +45,8 @@ struct Scratch {
     int32_t* tie_index;
     RowMask* mask;
     SoftmaxState* state;
-    float* line;      // one row of the far field's means
+    float* line;  // one row of the far field's means
+    RowGaps* gap;
     int32_t* walked;  // the blocks that the tile has walked
 };
 
@@ -65,8 +75,9 @@ class TileAttention {
         int64_t walked = 0;
         for (BlockWalk::Step step; walk.next(&step);) {
             s_.walked[walked++] = static_cast<int32_t>(step.block);
-            visit(step.block, step.listed || has_far_field());
+            visit(step.block, step.listed || has_far_field(), step.sampled && wants_estimate());
         }
+        if (wants_estimate()) std::copy(s_.state->sum, s_.state->sum + kMaxRows, s_.gap->kept);
         if (has_far_field()) visit_far_field({s_.walked, s_.walked + walked});
         store_rows();
         return errors;
@@ -75,6 +86,7 @@ class TileAttention {
   private:
     bool has_threshold() const { return params_.threshold != nullptr; }
     bool has_far_field() const { return params_.far_field.key.given(); }
+    bool wants_estimate() const { return params_.omitted_mass_estimate != nullptr; }
     int64_t row_index(int row) const {
         return (batch_ * p_.query_heads + s_.rows.head[row]) * p_.query_len + s_.rows.query[row];
     }
@@ -84,6 +96,8 @@ class TileAttention {
         for (int row = 0; row < kMaxRows; ++row) {
             s_.state->max[row] = -INFINITY;
             s_.state->sum[row] = s_.state->sum_error[row] = 0.0f;
+            s_.gap->gap[row] = 0.0;
+            s_.gap->blocks[row] = 0.0f;
         }
         for (int64_t n = 0; n < s_.rows.panel_count() * kPanelRows * s_.value_ld; ++n)
             s_.out[n] = 0.0f;
@@ -106,8 +120,9 @@ class TileAttention {
         return walk;
     }
 
-    // `whole`: every visible key of the block is attended, also outside a row's window.
-    void visit(int64_t block, bool whole) {
+    // `whole`: every visible key of the block is attended, also outside a row's window. `sampled`:
+    // its gap counts if all rows see all of it.
+    void visit(int64_t block, bool whole, bool sampled) {
         const Ranges ranges = p_.ranges();
         BlockCover cover = block_cover(ranges, span_, block, whole);
         if (cover == BlockCover::kNone && !has_threshold()) return;
@@ -119,10 +134,29 @@ class TileAttention {
             fill_mask(ranges, s_.rows, block, whole, has_threshold() ? s_.threshold : nullptr,
                       s_.tie_index, s_.mask);
             ops_.mask(*s_.mask, panels, s_.scores);
+        } else if (sampled) {
+            add_gaps(panels);
         }
         ops_.softmax(panels, s_.scores, s_.state);
         accumulate(load_tile(ops_, p_, params_.value, batch_, kv_head_, begin,
                              static_cast<int>(s_.value_ld), s_.values));
+    }
+
+    // Adds the Jensen gap of the 64 keys whose scores are at hand to the rows that count it.
+    void add_gaps(int panels) {
+        const int rows = panels * kPanelRows;
+        int32_t all[kMaxRows];
+        float max[kMaxRows], sum[kMaxRows];
+        std::fill(all, all + rows, kTileKeys);
+        ops_.block_sums(s_.scores, kTileKeys, all, panels, max, sum);
+        for (int row = 0; row < rows; ++row) {
+            const float largest = std::max(s_.state->max[row], max[row]);
+            if (!(sum[row] * std::exp(max[row] - largest) >= kGapLeastWeight)) continue;
+            double scores = 0.0;
+            for (int key = 0; key < kTileKeys; ++key) scores += s_.scores[key * kScoreStride + row];
+            s_.gap->gap[row] += max[row] + std::log(sum[row]) - scores / kTileKeys;
+            s_.gap->blocks[row] += 1.0f;
+        }
     }
 
     // What the walk left out, kTileKeys pools at a time: every row sees all of their keys.
@@ -136,6 +170,8 @@ class TileAttention {
             ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
             count_keys(keys, panels);
             ops_.softmax(panels, s_.scores, s_.state);
+            for (int row = 0; row < s_.rows.count; ++row)
+                s_.gap->kept[row] *= s_.state->rescale[row];
             accumulate(all_finite(s_.values, kTileKeys * s_.value_ld));
         }
     }
@@ -200,7 +236,17 @@ class TileAttention {
             for (int64_t d = 0; d < p_.head_dim; ++d)
                 store_number(p_.dtype, params_.out, at * p_.head_dim + d, out[d] * inverse);
             if (params_.lse != nullptr) params_.lse[at] = s_.state->max[row] + std::log(sum);
+            if (wants_estimate()) params_.omitted_mass_estimate[at] = omitted_share(row);
         }
+    }
+
+    // The share of what the pools stand for, when keys outweigh pools as sampled blocks outweigh
+    // their mean scores; 0 for NaN.
+    float omitted_share(int row) const {
+        const double mean = s_.gap->gap[row] / s_.gap->blocks[row] - std::log(kBlockKeys);
+        const double kept = s_.gap->kept[row], pools = s_.state->sum[row] - kept;
+        const double share = 1 / (1 + kept / pools * std::exp(std::isfinite(mean) ? -mean : 0.0));
+        return pools > 0 && share >= 0 ? static_cast<float>(share) : 0.0f;
     }
 
     const AttentionParams& params_;

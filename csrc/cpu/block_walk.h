@@ -2,7 +2,7 @@
 // row's window, and the listed ones.
 #pragma once
 
-#include "condensate/geometry.h"
+#include "condensate/far_field.h"
 #include "condensate/types.h"
 
 namespace condensate::cpu {
@@ -19,12 +19,14 @@ class BlockWalk {
         list_end_ = indices + max_i64(0, min_i64(count, width));
         blocks_ = blocks;
         errors_ = errors;
+        gap_stride_ = gap_stride(list_end_ - list_);
         skip_invalid();
     }
 
     struct Step {
         int64_t block;
         bool listed;
+        bool sampled;  // gap_stride() wants it; set for listed blocks only
     };
     // The next block, or false at the end.
     bool next(Step* step) {
@@ -33,11 +35,13 @@ class BlockWalk {
         if (window_.begin < window_.end) block = min_i64(block, window_.begin);
         if (list_ != list_end_) block = min_i64(block, *list_);
         if (block == kEnd) return false;
-        *step = {block, list_ != list_end_ && *list_ == block};
+        const bool listed = list_ != list_end_ && *list_ == block;
+        *step = {block, listed, listed && walked_entries_ % gap_stride_ == 0};
         if (anchors_.begin == block) ++anchors_.begin;
         if (window_.begin == block) ++window_.begin;
         if (step->listed) {
             previous_ = block;
+            ++walked_entries_;
             ++list_;
             skip_invalid();
         }
@@ -60,6 +64,7 @@ class BlockWalk {
     const int32_t* list_end_ = nullptr;
     int64_t blocks_ = 0;
     int64_t previous_ = -1;
+    int64_t gap_stride_ = 1, walked_entries_ = 0;
     uint32_t* errors_ = nullptr;
 };
 

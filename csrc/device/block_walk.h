@@ -4,13 +4,14 @@
 #include <climits>
 #include <cstdint>
 
-#include "condensate/geometry.h"
+#include "condensate/far_field.h"
 
 namespace condensate::device {
 
 struct BlockStep {
-    int block;    // INT_MAX at the end
-    bool listed;  // every visible key of it is attended
+    int block;     // INT_MAX at the end
+    bool listed;   // every visible key of it is attended
+    bool sampled;  // gap_stride() wants it; set for listed blocks only
 };
 
 // Invalid list entries (negative, out of range, not ascending) are skipped and noted in `errors`.
@@ -38,11 +39,15 @@ class BlockWalk {
 
     __device__ BlockStep next() {
         int block = next_range_ < next_list_ ? next_range_ : next_list_;
-        if (block == INT_MAX) return {block, false};
+        if (block == INT_MAX) return {block, false, false};
         bool listed = block == next_list_;
+        bool sampled = listed && to_sample_ == 0;
         if (block == next_range_) advance_range(block);
-        if (listed) advance_list();
-        return {block, listed};
+        if (listed) {
+            to_sample_ = (sampled ? static_cast<int>(gap_stride(count_)) : to_sample_) - 1;
+            advance_list();
+        }
+        return {block, listed, sampled};
     }
 
     uint32_t errors = 0;
@@ -69,6 +74,7 @@ class BlockWalk {
         }
     }
 
+    int to_sample_ = 0;  // listed blocks until the next sampled one
     const int32_t* list_;
     int count_ = 0, cursor_ = 0, last_entry_ = -1;
     int num_blocks_, end_;

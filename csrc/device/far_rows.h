@@ -83,7 +83,7 @@ struct FarTile : FarShape {
 
 // log2 of a pooled row's weight in units of raw scores, -inf for a row that is not there.
 __device__ __forceinline__ float far_bias(int keys, float scale) {
-    return keys > 0 ? __fdividef(log2f(static_cast<float>(keys)), exponent_scale(scale))
+    return keys > 0 ? __fdividef(__log2f(static_cast<float>(keys)), exponent_scale(scale))
                     : -INFINITY;
 }
 __device__ __forceinline__ float add_far_bias(float score, float bias) {
@@ -148,37 +148,6 @@ struct WideChannels {
     }
 };
 
-// Adds the blocks [first, end) that are not walked, one by one. Returns the keys of those that are.
-// The walk, which stands at `first` or behind it, passes `end`.
-template <class Channels, class Walk>
-__device__ __forceinline__ int add_condensed(float (&sum)[Channels::kElems],
-                                             const Channels& channels, const FarTile& far,
-                                             int first, int end, Walk& walked) {
-    int walked_keys = 0;
-    for (int block = first; true; ++block) {
-        const int run_end = min(walked.block, end);
-#pragma unroll 4
-        for (; block < run_end; ++block) channels.add(sum, block, far.block_keys(block));
-        if (walked.block >= end) return walked_keys;
-        walked_keys += far.block_keys(block);
-        walked.next();
-    }
-}
-
-// Takes the walked blocks below `end` out of a sum. Returns their keys. The walk passes `end`.
-template <class Channels, class Walk>
-__device__ __forceinline__ int subtract_walked(float (&sum)[Channels::kElems],
-                                               const Channels& channels, const FarTile& far,
-                                               int end, Walk& walked) {
-    int walked_keys = 0;
-    for (; walked.block < end; walked.next()) {
-        const int keys = far.block_keys(walked.block);
-        channels.add(sum, walked.block, -keys);
-        walked_keys += keys;
-    }
-    return walked_keys;
-}
-
 template <int kElems>
 __device__ __forceinline__ bool all_finite(const float (&x)[kElems]) {
     bool finite = true;
@@ -188,26 +157,42 @@ __device__ __forceinline__ bool all_finite(const float (&x)[kElems]) {
 }
 
 // mean = the pool's mean over its condensed keys, zeros where there are none. Returns their number.
-// The walk passes the pool. All lanes of a warp call it with the same pool.
+// The walk stands at the pool's first walked block or before it, and passes the pool. All lanes of
+// a warp call it with the same pool.
 template <class Channels, class Walk>
 __device__ __forceinline__ int condense_pool(float (&mean)[Channels::kElems],
                                              const Channels& channels, const FarTile& far, int pool,
                                              Walk& walked) {
     const int first = far.first_block(pool), end = far.end_block(pool);
-    const int summed = far.summed_end(pool);
+    int summed = far.summed_end(pool), keys;
+#pragma unroll 1
+    while (true) {
 #pragma unroll
-    for (int e = 0; e < Channels::kElems; ++e) mean[e] = 0.0f;
-    if (summed > first) channels.load_sum(mean, far.sum_row(pool));
-    int keys = far.pool_keys(pool) - subtract_walked(mean, channels, far, summed, walked);
-    keys -= add_condensed(mean, channels, far, summed, end, walked);
-    if (summed > first && keys > 0 && __any_sync(0xffffffffu, !all_finite(mean))) {
-        float added[Channels::kElems] = {};
-        Walk again = walked.again();
-        again.skip_to(first);
-        add_condensed(added, channels, far, first, end, again);
-#pragma unroll
-        for (int e = 0; e < Channels::kElems; ++e)
-            mean[e] = fabsf(mean[e]) < INFINITY ? mean[e] : added[e];
+        for (int e = 0; e < Channels::kElems; ++e) mean[e] = 0.0f;
+        if (summed > first) channels.load_sum(mean, far.sum_row(pool));
+        keys = far.pool_keys(pool);
+        walked.skip_to(first);
+        // Walked blocks leave the running sum; others come in behind it.
+#pragma unroll 1
+        for (; walked.block < summed; walked.next()) {
+            const int count = far.block_keys(walked.block);
+            channels.add(mean, walked.block, -count);
+            keys -= count;
+        }
+#pragma unroll 1
+        for (int block = summed; block < end; ++block) {
+            const int count = far.block_keys(block);
+            if (block == walked.block) {
+                keys -= count;
+                walked.next();
+            } else {
+                channels.add(mean, block, count);
+            }
+        }
+        const bool complete = summed == first || keys == 0;
+        if (complete || !__any_sync(0xffffffffu, !all_finite(mean))) break;
+        summed = first;  // nothing can be taken out of a sum that is not finite
+        walked.rewind();
     }
     const float inverse = __fdividef(1.0f, static_cast<float>(keys));
 #pragma unroll
@@ -222,18 +207,25 @@ template <class Channels, class Walk, class Wanted, class Body>
 __device__ __forceinline__ int for_changed_pools(const FarTile& far, const Channels& channels,
                                                  Walk walked, const Wanted& wanted,
                                                  const Body& body) {
-    int ordinal = 0;
-    for (int pool = far.next_changed(-1, walked.block); pool < far.pools(); ++ordinal) {
-        if (wanted(pool, ordinal)) {
-            float mean[Channels::kElems];
-            int keys = condense_pool(mean, channels, far, pool, walked);
-            body(pool, ordinal, keys, mean);
+    const bool recorded = walked.is_recorded();
+    uint64_t starts = recorded ? walked.run_starts(far.log2_pool, far.end) : 0;
+#pragma unroll 1
+    for (int pool = -1, ordinal = 0;; ++ordinal) {
+        if (!recorded) {
+            walked.skip_to(pool < 0 ? 0 : far.end_block(pool));
+        } else if (starts != 0) {
+            walked.stand_at(__ffsll(static_cast<long long>(starts)) - 1);
+            starts &= starts - 1;
         } else {
-            walked.skip_to(far.end_block(pool));
+            walked.block = INT_MAX;
         }
         pool = far.next_changed(pool, walked.block);
+        if (pool >= far.pools()) return ordinal;
+        if (!wanted(pool, ordinal)) continue;
+        float mean[Channels::kElems];
+        int keys = condense_pool(mean, channels, far, pool, walked);
+        body(pool, ordinal, keys, mean);
     }
-    return ordinal;
 }
 
 }  // namespace condensate::device

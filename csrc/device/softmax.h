@@ -81,26 +81,38 @@ struct OnlineSoftmax {
         return true;
     }
 
-    // Turns raw scores into weights 2^(score * scale_log2 - reference) and adds them up.
-    template <int kNTiles>
-    __device__ void weigh(float (&s)[kMTiles][kNTiles][4], float scale_log2) {
+    // Turns raw scores into weights 2^(score * scale_log2 - reference) and adds them up. A lane's
+    // sums over every kPartTiles 8-key tiles go to `parts` as well.
+    template <int kNTiles, int kPartTiles = kNTiles>
+    __device__ void weigh(float (&s)[kMTiles][kNTiles][4], float scale_log2,
+                          float (&parts)[kNTiles / kPartTiles][kMTiles][2]) {
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float exponent = finite_reference(reference[m][half]);
-                float sum = 0.0f;
 #pragma unroll
-                for (int n = 0; n < kNTiles; ++n) {
+                for (int part = 0; part < kNTiles / kPartTiles; ++part) {
+                    float sum = 0.0f;
 #pragma unroll
-                    for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                        s[m][n][e] = ptx::exp2_approx(fmaf(s[m][n][e], scale_log2, -exponent));
-                        sum += s[m][n][e];
+                    for (int i = 0; i < kPartTiles; ++i) {
+                        float (&tile)[4] = s[m][kPartTiles * part + i];
+#pragma unroll
+                        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+                            tile[e] = ptx::exp2_approx(fmaf(tile[e], scale_log2, -exponent));
+                            sum += tile[e];
+                        }
                     }
+                    parts[part][m][half] = sum;
+                    row_sum[m][half] += sum;
                 }
-                row_sum[m][half] += sum;
             }
         }
+    }
+    template <int kNTiles>
+    __device__ void weigh(float (&s)[kMTiles][kNTiles][4], float scale_log2) {
+        float parts[1][kMTiles][2];
+        weigh<kNTiles, kNTiles>(s, scale_log2, parts);
     }
 
     __device__ void reduce_sums() {

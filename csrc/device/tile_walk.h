@@ -20,10 +20,17 @@ __device__ __forceinline__ BlockWalk tile_walk(const AttentionParams& params,
                      list ? params.max_blocks : 0);
 }
 
+// Blocks of a walk, and those of them below some block.
+struct WalkCount {
+    int all, below;
+};
+
 // A tile's walk in shared memory: its first blocks written down, and how it goes on. Consecutive
 // warps step along it.
 template <int kWarps, int kRecorded>
 struct WalkSmem {
+    static constexpr int kMostRecorded = kRecorded;
+
     BlockWalk rest;
     int recorded;
     bool complete;                 // there are no others
@@ -40,21 +47,24 @@ struct WalkSmem {
         rest = walk;
     }
 
-    // The same by a whole warp, 32 list entries at a time.
-    __device__ void set_by_warp(const AttentionParams& params, const TileRows& tile) {
+    // The same by a whole warp, 32 list entries at a time. Counts the blocks, and those below
+    // `end`.
+    __device__ WalkCount set_by_warp(const AttentionParams& params, const TileRows& tile, int end) {
         const Ranges ranges = params.problem.ranges();
         const TileSpan span = tile.span();
         const RangeBlocks walked(ranges, span);
-        int count = put_range(0, 0, walked.anchors_end);
-        count = put_listed(count, params, tile, walked.anchors_end, walked.window_begin);
-        count = put_range(count, walked.window_begin, walked.window_end);
-        count = put_listed(count, params, tile, walked.window_end, reachable_blocks(ranges, span));
-        if (count > kRecorded) {
+        WalkCount count = {0, 0};
+        put_range(&count, 0, walked.anchors_end, end);
+        put_listed(&count, params, tile, walked.anchors_end, walked.window_begin, end);
+        put_range(&count, walked.window_begin, walked.window_end, end);
+        put_listed(&count, params, tile, walked.window_end, reachable_blocks(ranges, span), end);
+        if (count.all > kRecorded) {
             if ((threadIdx.x & 31) == 0) set(params, tile);
         } else {
-            recorded = count;
+            recorded = count.all;
             complete = true;
         }
+        return count;
     }
 
     // A warp's next block behind the recorded ones.
@@ -69,17 +79,18 @@ struct WalkSmem {
     }
 
   private:
-    // Both write blocks from place `count` on, as far as there is room, and return the next place.
-    __device__ int put_range(int count, int begin, int end) {
+    // Both write blocks behind those counted so far, as far as there is room, and count them.
+    __device__ void put_range(WalkCount* count, int begin, int end, int below) {
         for (int block = begin + static_cast<int>(threadIdx.x & 31); block < end; block += 32)
-            if (count + block - begin < kRecorded) blocks[count + block - begin] = block;
-        return count + end - begin;
+            if (count->all + block - begin < kRecorded) blocks[count->all + block - begin] = block;
+        count->all += end - begin;
+        count->below += max(min(end, below) - begin, 0);
     }
 
     // Valid entries of the list in [begin, end): those that exceed all valid ones before.
-    __device__ int put_listed(int count, const AttentionParams& params, const TileRows& tile,
-                              int begin, int end) {
-        if (!params.block_indices || begin >= end) return count;
+    __device__ void put_listed(WalkCount* count, const AttentionParams& params,
+                               const TileRows& tile, int begin, int end, int below) {
+        if (!params.block_indices || begin >= end) return;
         constexpr unsigned kAll = 0xffffffffu;
         const int lane = threadIdx.x & 31;
         const int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
@@ -100,26 +111,28 @@ struct WalkSmem {
             const bool valid = entry > max(before, lane > 0 ? previous : -1);
             const bool put = valid && entry >= begin && entry < end;
             const unsigned puts = __ballot_sync(kAll, put);
-            const int place = count + __popc(puts & ((1u << lane) - 1));
+            const int place = count->all + __popc(puts & ((1u << lane) - 1));
             if (put && place < kRecorded) blocks[place] = entry;
-            count += __popc(puts);
+            count->all += __popc(puts);
+            count->below += __popc(__ballot_sync(kAll, put && entry < below));
             before = max(before, __shfl_sync(kAll, largest, 31));
         }
-        return count;
     }
 };
 
-// A warp's walk from the beginning, and the block that it stands on, INT_MAX at the end. All lanes
-// step together. BlockWalk itself would take a dozen registers of each.
+// A warp's walk, and the block that it stands on: -1 before the first, INT_MAX at the end. All
+// lanes step together. BlockWalk itself would take a dozen registers of each.
 template <class Smem>
 class WarpWalk {
   public:
-    int block;
+    int block = -1;
 
-    __device__ explicit WarpWalk(Smem& smem) : smem_(smem) { next(); }
-    // The same tile's walk once more.
-    __device__ WarpWalk again() const { return WarpWalk(smem_); }
+    __device__ explicit WarpWalk(Smem& smem) : smem_(smem) {}
 
+    __device__ void rewind() {
+        place_ = 0;
+        block = -1;
+    }
     __device__ void next() {
         const int place = place_++;
         if (place < smem_.recorded)
@@ -131,7 +144,28 @@ class WarpWalk {
         while (block < end) next();
     }
 
+    // Is the whole walk written down?
+    __device__ bool is_recorded() const { return smem_.complete; }
+    // Of a recorded walk, the places as bits at which runs of 2^log2_run blocks begin that hold
+    // some block below `end`.
+    __device__ uint64_t run_starts(int log2_run, int end) const {
+        static_assert(Smem::kMostRecorded <= 64, "a bit a place");
+        return uint64_t{starts_among(32, log2_run, end)} << 32 | starts_among(0, log2_run, end);
+    }
+    __device__ void stand_at(int place) {
+        block = smem_.blocks[place];
+        place_ = place + 1;
+    }
+
   private:
+    __device__ uint32_t starts_among(int first, int log2_run, int end) const {
+        const int place = first + static_cast<int>(threadIdx.x & 31);
+        bool starts = place < smem_.recorded && smem_.blocks[place] < end;
+        if (starts && place > 0)
+            starts = smem_.blocks[place - 1] >> log2_run != smem_.blocks[place] >> log2_run;
+        return __ballot_sync(0xffffffffu, starts);
+    }
+
     Smem& smem_;
     int place_ = 0;
 };

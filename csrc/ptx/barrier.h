@@ -42,6 +42,22 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier_smem, uint32_t pa
         : "memory");
 }
 
+// The same, asking only every so often, so that others have the memory instructions' pipe.
+__device__ __forceinline__ void mbarrier_wait_patiently(uint32_t barrier_smem, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "wait:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra finished;\n"
+        "nanosleep.u32 200;\n"
+        "bra wait;\n"
+        "finished:\n"
+        "}\n" ::"r"(barrier_smem),
+        "r"(parity)
+        : "memory");
+}
+
 // Barrier `id` (0 is __syncthreads) of `threads` threads.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");

@@ -17,6 +17,7 @@ template <class Acc>
 struct Term {
     Acc score;
     Row value;
+    int64_t block;  // of a key; -1 for a pool
 };
 
 // Softmax over the terms of one row, then the weighted values.
@@ -51,7 +52,47 @@ bool is_selected(const AttentionParams& params, int64_t row, int64_t key, float 
 struct TileBlocks {
     std::vector<char> whole;  // a flag per block
     std::vector<CondensedPool> pools;
+    std::vector<int64_t> sampled;  // for the estimate of the omitted mass
 };
+
+// log of the sum of exp(score) over the terms for which `counts`.
+template <class Acc, class Counts>
+Acc log_sum(const std::vector<Term<Acc>>& terms, const Counts& counts) {
+    Acc max = kMinusInfinity<Acc>, sum = 0;
+    for (const Term<Acc>& term : terms)
+        if (counts(term) && term.score > max) max = term.score;
+    for (const Term<Acc>& term : terms)
+        if (counts(term)) sum += std::exp(term.score - max);
+    return max + std::log(sum);
+}
+
+// The mean over the tile's sampled blocks of how far their keys outweigh their mean score, in log.
+template <class Acc>
+Acc jensen_gap(const std::vector<Term<Acc>>& terms, Acc max, const std::vector<int64_t>& sampled) {
+    Acc sum = 0, blocks = 0;
+    for (int64_t block : sampled) {
+        const Acc whole =
+            log_sum<Acc>(terms, [&](const Term<Acc>& term) { return term.block == block; });
+        if (!(whole >= max + std::log(static_cast<Acc>(kGapLeastWeight)))) continue;
+        Acc scores = 0;
+        for (const Term<Acc>& term : terms)
+            if (term.block == block) scores += term.score;
+        sum += whole - std::log(static_cast<Acc>(kBlockKeys)) - scores / kBlockKeys;
+        blocks += 1;
+    }
+    const Acc mean = sum / blocks;
+    return std::isfinite(mean) ? mean : 0;
+}
+
+// The share of the softmax that the pools' keys have, by the pools' weight and the gap.
+template <class Acc>
+Acc omitted_share(const std::vector<Term<Acc>>& terms, Acc max, const TileBlocks& blocks) {
+    if (blocks.pools.empty()) return 0;
+    const Acc pools = log_sum<Acc>(terms, [](const Term<Acc>& term) { return term.block < 0; });
+    const Acc kept = log_sum<Acc>(terms, [](const Term<Acc>& term) { return term.block >= 0; });
+    const Acc share = 1 / (1 + std::exp(kept - pools - jensen_gap(terms, max, blocks.sampled)));
+    return share >= 0 ? share : 0;  // NaN
+}
 
 template <class Acc>
 void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
@@ -72,12 +113,13 @@ void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
         bool selected = blocks.whole[static_cast<size_t>(j / kBlockKeys)] != 0 ||
                         is_selected(params, row, j, static_cast<float>(score));
         if (!in_support(ranges, position, j, selected)) continue;
-        terms.push_back({score, row_of(params.value, p.dtype, b, kv_head, j)});
+        terms.push_back({score, row_of(params.value, p.dtype, b, kv_head, j), j / kBlockKeys});
     }
     for (const CondensedPool& pool : blocks.pools) {
         Acc score = static_cast<Acc>(p.scale) * dot<Acc>(query, pool.key, p.head_dim);
         terms.push_back({score + std::log(static_cast<Acc>(pool.keys)),
-                         {DType::kFloat32, pool.value.data(), 0}});
+                         {DType::kFloat32, pool.value.data(), 0},
+                         -1});
     }
 
     RowState<Acc> state(p.head_dim);
@@ -89,6 +131,9 @@ void attend_row(const AttentionParams& params, int64_t b, int64_t h, int64_t i,
     }
     if (params.lse != nullptr)
         params.lse[row] = static_cast<float>(empty ? state.max : state.max + std::log(state.sum));
+    if (params.omitted_mass_estimate != nullptr)
+        params.omitted_mass_estimate[row] =
+            static_cast<float>(omitted_share(terms, state.max, blocks));
 }
 
 void add_range(BlockRange range, std::vector<char>* blocks) {
@@ -96,12 +141,31 @@ void add_range(BlockRange range, std::vector<char>* blocks) {
         (*blocks)[static_cast<size_t>(block)] = 1;
 }
 
+// Of the valid entries of the tile's list, flagged in `listed`, every gap_stride-th, as far as all
+// rows see it whole.
+std::vector<int64_t> sampled_blocks(const AttentionParams& params, int64_t list, TileSpan span,
+                                    const std::vector<char>& listed) {
+    const Problem& p = params.problem;
+    std::vector<int64_t> sampled;
+    if (params.max_blocks == 0 || params.block_counts == nullptr) return sampled;
+    const int64_t count = max_i64(min_i64(params.block_counts[list], params.max_blocks), 0);
+    int64_t entry = 0;
+    for (int64_t block = 0; block < num_blocks(p.kv_len); ++block) {
+        if (listed[static_cast<size_t>(block)] == 0) continue;
+        if (entry++ % gap_stride(count) == 0 && block < far_end(p.ranges(), span) &&
+            block_keys(p.kv_len, block) == kBlockKeys)
+            sampled.push_back(block);
+    }
+    return sampled;
+}
+
 // With the far field a tile attends whatever it walks in whole blocks, and condenses the rest.
 template <class Acc>
-void add_far_field(const AttentionParams& params, int64_t b, int64_t kv, int64_t tile,
+void add_far_field(const AttentionParams& params, int64_t b, int64_t kv, int64_t tile, int64_t list,
                    TileBlocks* blocks) {
     const Problem& p = params.problem;
     const TileSpan span = tile_span(tile, tile_positions(p.group()), p.query_len, p.kv_len);
+    blocks->sampled = sampled_blocks(params, list, span, blocks->whole);
     add_range(anchor_blocks(p.ranges(), span), &blocks->whole);
     add_range(window_blocks(p.ranges(), span), &blocks->whole);
     blocks->pools = condense<Acc>(params, b, kv, span, blocks->whole);
@@ -139,12 +203,13 @@ void attention(const AttentionParams& params, uint32_t* errors) {
         for (int64_t kv = 0; kv < p.kv_heads; ++kv)
             for (int64_t tile = 0; tile < tiles; ++tile) {
                 int64_t list = (b * p.kv_heads + kv) * tiles + tile;
-                TileBlocks blocks{none, {}};
+                TileBlocks blocks{none, {}, {}};
                 if (has_lists)
                     blocks.whole = listed_blocks(params.block_indices + list * params.max_blocks,
                                                  params.block_counts[list], params.max_blocks,
                                                  num_blocks(p.kv_len), errors);
-                if (params.far_field.key.given()) add_far_field<Acc>(params, b, kv, tile, &blocks);
+                if (params.far_field.key.given())
+                    add_far_field<Acc>(params, b, kv, tile, list, &blocks);
                 int64_t end = min_i64((tile + 1) * positions, p.query_len);
                 for (int64_t h = kv * group; h < (kv + 1) * group; ++h)
                     for (int64_t i = tile * positions; i < end; ++i)

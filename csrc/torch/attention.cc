@@ -123,8 +123,13 @@ void attend_selected_blocks(Call& call, const Details& details) {
     select.block_indices = scratch.pointer<int32_t>(indices);
     select.block_counts = scratch.pointer<int32_t>(counts);
     select.workspace = scratch.pointer<void>(workspace);
-    if (details.estimate)
-        select.omitted_mass_estimate = static_cast<float*>(details.estimate->mutable_data_ptr());
+    if (details.estimate) {
+        // A single query's selection looks at keys. Of others the attention sees more, where it
+        // has a far field.
+        const bool by_attention = call.far_field && p.query_len > 1;
+        (by_attention ? call.attention.omitted_mass_estimate : select.omitted_mass_estimate) =
+            static_cast<float*>(details.estimate->mutable_data_ptr());
+    }
     check_status(condensate::select_blocks(select, call.executor));
 
     call.attention.block_indices = select.block_indices;

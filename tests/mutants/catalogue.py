@@ -37,6 +37,12 @@ FAR_SM80 = "test_far_field.py pool_borders and 0-130-0"
 FAR_SIMT = "test_far_field.py pool_borders and 0-130-1"
 FAR_SM90 = "test_far_field.py pool_borders and 0-130-2"
 FAR_LATER = "test_far_field.py earlier_rows"
+GAP = "test_far_estimate.py raised_by_the_gap"
+GAP_SAMPLES = "test_far_estimate.py the_sampled_blocks"
+GAP_LIGHT = "test_far_estimate.py weighs_nothing"
+GAP_PARTIAL = "test_far_estimate.py without_a_window"
+GAP_SHARE = "test_far_estimate.py defined_one"
+GAP_CALLS = "test_far_estimate.py of_a_single_query"
 
 CPU = (
     Mutant(
@@ -365,8 +371,8 @@ CPU = (
     Mutant(
         "far_window_of_keys_not_blocks",
         "cpu/attention.cc",
-        "visit(step.block, step.listed || has_far_field());",
-        "visit(step.block, step.listed);",
+        "visit(step.block, step.listed || has_far_field(), ",
+        "visit(step.block, step.listed, ",
         FAR,
     ),
     Mutant(
@@ -431,6 +437,83 @@ CPU = (
         "level.first_row * p.head_dim",
         "(level.first_row - (level.first_row > 0)) * p.head_dim",
         "test_far_field.py head_dims_and_selectors and block",
+    ),
+    Mutant(
+        "estimate_without_the_gap",
+        "cpu/attention.cc",
+        "std::exp(std::isfinite(mean) ? -mean : 0.0)",
+        "std::exp(0.0 * mean)",
+        GAP,
+    ),
+    Mutant(
+        "gap_of_every_listed_block",
+        "cpu/block_walk.h",
+        "listed && walked_entries_ % gap_stride_ == 0",
+        "listed && walked_entries_ % gap_stride_ >= 0",
+        GAP_SAMPLES,
+    ),
+    Mutant(
+        "gap_of_blocks_by_their_number",
+        "cpu/block_walk.h",
+        "listed && walked_entries_ % gap_stride_ == 0",
+        "listed && block % gap_stride_ == 0",
+        GAP_SAMPLES,
+    ),
+    Mutant(
+        "gap_of_blocks_not_seen_in_full",
+        "cpu/attention.cc",
+        "        } else if (sampled) {",
+        "        }\n        if (sampled) {",
+        GAP_PARTIAL,
+    ),
+    Mutant(
+        "gap_of_blocks_that_weigh_nothing",
+        "cpu/attention.cc",
+        "std::exp(max[row] - largest) >= kGapLeastWeight",
+        "std::exp(max[row] - largest) >= 0",
+        GAP_LIGHT,
+    ),
+    Mutant(
+        "attended_sum_not_rescaled",
+        "cpu/attention.cc",
+        "s_.gap->kept[row] *= s_.state->rescale[row];",
+        "s_.gap->kept[row] *= 1.0f;",
+        GAP_SHARE,
+    ),
+    Mutant(
+        "attended_sum_with_the_pools",
+        "cpu/attention.cc",
+        "pools = s_.state->sum[row] - kept;",
+        "pools = s_.state->sum[row];",
+        GAP_SHARE,
+    ),
+    Mutant(
+        "single_query_estimated_by_its_attention",
+        "torch/attention.cc",
+        "call.far_field && p.query_len > 1",
+        "call.far_field && p.query_len > 0",
+        GAP_CALLS,
+    ),
+    Mutant(
+        "estimate_of_the_far_field_by_the_selection",
+        "torch/attention.cc",
+        "call.far_field && p.query_len > 1",
+        "call.far_field && p.query_len > 2",
+        GAP_CALLS,
+    ),
+    Mutant(
+        "reference_gap_of_every_listed_block",
+        "reference/attention.cc",
+        "entry++ % gap_stride(count) == 0",
+        "entry++ % gap_stride(count) >= 0",
+        GAP_SAMPLES,
+    ),
+    Mutant(
+        "reference_estimate_without_the_gap",
+        "reference/attention.cc",
+        "std::exp(kept - pools - jensen_gap(terms, max, blocks.sampled))",
+        "std::exp(kept - pools - 0 * jensen_gap(terms, max, blocks.sampled))",
+        GAP,
     ),
     Mutant(
         "merge_without_the_sum",
@@ -548,8 +631,8 @@ CUDA = (
     Mutant(
         "cuda_far_row_in_the_next_place",
         "kernels/attention/sm90/far_rows.h",
-        "made().pool[ordinal] - first;",
-        "made().pool[ordinal] - first + 1;",
+        "made().pool[ordinal] - first_pool(stage);",
+        "made().pool[ordinal] - first_pool(stage) + 1;",
         FAR_SM90,
         "cuda",
     ),
@@ -564,16 +647,16 @@ CUDA = (
     Mutant(
         "cuda_far_values_behind_the_pools_kept",
         "kernels/attention/sm90/far_rows.h",
-        "if (which == 1) clear_rows(",
-        "if (which == 2) clear_rows(",
+        "if (which(stage) == 1) clear_rows(",
+        "if (which(stage) == 2) clear_rows(",
         FAR_LATER,
         "cuda",
     ),
     Mutant(
         "cuda_far_walked_block_not_subtracted",
         "device/far_rows.h",
-        "channels.add(sum, walked.block, -keys);",
-        "channels.add(sum, walked.block, 0);",
+        "is_walked ? -count : count",
+        "is_walked ? 0 * count : count",
         FAR_SM80,
         "cuda",
     ),
@@ -599,6 +682,86 @@ CUDA = (
         "score[r] + logf(static_cast<float>(keys))",
         "score[r] + 0.0f * logf(static_cast<float>(keys))",
         FAR_SIMT,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_estimate_without_the_gap",
+        "device/jensen_gap.h",
+        "kept / pools * exp2f(-log2_gap)",
+        "kept / pools * exp2f(0.0f * log2_gap)",
+        GAP,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_gap_of_every_listed_block",
+        "device/block_walk.h",
+        "bool sampled = listed && to_sample_ == 0;",
+        "bool sampled = listed && to_sample_ >= 0;",
+        GAP_SAMPLES,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_gap_of_blocks_that_weigh_nothing",
+        "device/jensen_gap.h",
+        "if (!(weight >= kGapLeastWeight)) continue;",
+        "if (!(weight >= 0.0f)) continue;",
+        GAP_LIGHT,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_gap_of_half_blocks",
+        "kernels/attention/sm80/far_step.h",
+        "if (Traits::kStepKeys < kBlockKeys) half_block = !half_block;",
+        "",
+        GAP_SHARE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_pools_sum_not_rescaled",
+        "kernels/attention/sm80/far_step.h",
+        "pools[m][half] *= factor[m][half];",
+        "pools[m][half] *= 1.0f;",
+        GAP_SHARE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_hopper_attended_sum_not_rescaled",
+        "kernels/attention/sm90/consume.h",
+        "kept[half] *= raised ? rescale[0][half] : 1.0f;",
+        "kept[half] *= 1.0f;",
+        GAP_SHARE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_hopper_gap_with_the_neighbours_scores",
+        "kernels/attention/sm90/consume.h",
+        "set_scores<kBlockTiles, kBlockTiles>",
+        "set_scores<0 * kBlockTiles, kBlockTiles>",
+        GAP_SHARE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_hopper_gap_of_blocks_not_seen_in_full",
+        "kernels/attention/sm90/produce.h",
+        "step.full[j] && block.sampled) step",
+        "exists && block.sampled) step",
+        GAP_PARTIAL,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_simt_attended_sum_not_rescaled",
+        "kernels/simt/attention.cu",
+        "            kept *= rescale;\n",
+        "",
+        GAP_SHARE,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_simt_gap_without_its_maximum",
+        "kernels/simt/attention.cu",
+        "gap += (logf(weight) + largest) / 32",
+        "gap += logf(weight) / 32",
+        GAP_SAMPLES,
         "cuda",
     ),
 )

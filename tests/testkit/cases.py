@@ -180,6 +180,8 @@ def from_seed(seed: int, device: str) -> Case:
     )
     anchors = rng.choice([0, 0, 1, 5, 63, 64, 65] + [130, kv_len, MAX_LENGTH] * (not tight))
     topk = rng.choice([1, 2, 3, 5] if tight else [0, 1, 2, 3, 5, 9])
+    if far_field and (long or deep):  # also more listed blocks than the estimate samples
+        topk = rng.choice([topk, 8, 9, 20])
     lists_blocks = selector in ("block", "quest", "mean")
     top_p = rng.choice([0.1, 0.3, 0.5, 0.8, 0.9, 0.99, 1.0, rng.random()])
     per_head = tuple(

@@ -140,7 +140,7 @@ def _check_block_selector(case: Case) -> Outcome:
     out, lse, estimate = ops.attention_forward(
         query, key, value, **case.selection_args, **case.attention_args
     )
-    selection.check_estimate(scores, estimate, chosen, case.budget)
+    check_estimate(case, scores, chosen, (query, key, value), estimate)
     if case.far_field:
         division = far_field.divide(case.ranges, chosen, case.query_heads)
         means = far_field_means(case, key, value)
@@ -149,6 +149,32 @@ def _check_block_selector(case: Case) -> Outcome:
     support = support_of_lists(case.ranges, chosen, case.query_heads)
     reference = oracle.attention(query, key, value, support, case.scale)
     return Outcome(oracle.assert_matches(reference, out, lse))
+
+
+def check_estimate(
+    case: Case,
+    scores: selection.Scores,
+    chosen: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    estimate: Tensor,
+) -> None:
+    """That of a call which lists the chosen blocks: the attention's own where it condenses for
+    several queries, else the selection's."""
+    if case.far_field and case.query_len > 1:
+        far_field.check_estimate(far_estimate(case, chosen, qkv), estimate)
+    else:
+        selection.check_estimate(scores, estimate, chosen, case.budget)
+
+
+def far_estimate(
+    case: Case, chosen: Tensor, qkv: tuple[Tensor, Tensor, Tensor]
+) -> far_field.Estimate:
+    """What the attention of a far-field call estimates from its own scores."""
+    query, key, value = qkv
+    division = far_field.divide(case.ranges, chosen, case.query_heads)
+    sampled = far_field.sampled_blocks(case.ranges, chosen, case.group)
+    means, _ = far_field_means(case, key, value)
+    return far_field.estimated_omission(query, key, division, means, sampled, case.scale)
 
 
 def scored_lists(

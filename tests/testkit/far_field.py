@@ -6,7 +6,9 @@ all rows of the tile see in full is condensed, consecutive blocks together as on
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from tests.testkit.definition import (
 from tests.testkit.oracle import EPS, UNIT_ROUNDOFF
 
 MOST_POOLS = 128
+GAP_BLOCKS = 8  # sampled blocks of a tile, at most
 # Half the distance of subnormal numbers, where the unit roundoff says nothing.
 SMALLEST_ROUNDING = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150}
 
@@ -130,6 +133,46 @@ class Tiles:
         return product.flatten(2, 3)[:, :, : self.query_len]
 
 
+class Terms:
+    """The terms of every row's softmax: attended keys, then the pools of its tile.
+
+    `key_means`: [B, Hkv, blocks, D], the rounded means of the blocks' keys.
+    """
+
+    def __init__(
+        self, query: Tensor, key: Tensor, division: Division, key_means: Tensor,
+        scale: float | None,
+    ) -> None:  # fmt: skip
+        kv_len, head_dim = key.shape[2], query.shape[3]
+        self.attended, self.kv_len, self.head_dim = division.attended, kv_len, head_dim
+        self.tiles = Tiles(query, key.shape[1])
+        factor = oracle.as_float32(oracle.default_scale(head_dim) if scale is None else scale)
+        pooled = pool_rows(key_means, division, kv_len)
+        count = spread_to_rows(count_keys(division, kv_len), query.shape[1], query.shape[2])
+        log_count, self.used = count.clamp(min=1).log(), count > 0  # [B, Hq, Lq, pools]
+
+        self.scores = oracle.scores(query, key, scale)  # [B, Hq, Lq, Lk], attended or not
+        self.near = self.scores.masked_fill(~self.attended, -torch.inf)
+        far = factor * self.tiles.times(query.double(), pooled.mean.mT) + log_count
+        self.far = far.masked_fill(~self.used, -torch.inf)  # [B, Hq, Lq, pools]
+
+        # How far the rounding of a pool's mean moves its score: [B, Hq, Lq, pools].
+        moved = abs(factor) * self.tiles.times(query.double().abs(), pooled.error.mT)
+        self.exponent = torch.where(self.used, moved, 0.0).nan_to_num(0.0, 0.0, 0.0)
+
+        size = oracle.scores(query.abs(), key.abs(), None if scale is None else abs(scale))
+        size = torch.where(self.attended, size, 0.0)
+        far_key = pooled.mean.abs().nan_to_num(0.0, 0.0, 0.0)
+        far_size = abs(factor) * self.tiles.times(query.double().abs(), far_key.mT) + log_count
+        size = torch.cat([size, torch.where(self.used, far_size, 0.0)], -1)
+        self.size = pad(size, (0, 1)).amax(-1)  # [B, Hq, Lq]: of the largest score
+
+    @cached_property
+    def count(self) -> Tensor:
+        """[B, Hq, Lq] float64"""
+        return (self.attended.sum(-1) + self.used.sum(-1)).double()
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -144,51 +187,138 @@ def attention(
     that are off by x_j, and values off by their own error. With E = log(sum p exp(x)) the weight
     of a term is off by a factor of at most exp(x + E), and the log-sum-exp by at most E.
     """
-    kv_len, head_dim = key.shape[2], query.shape[3]
-    heads, tiles = query.shape[1], Tiles(query, key.shape[1])
-    factor = oracle.as_float32(oracle.default_scale(head_dim) if scale is None else scale)
-    unit = UNIT_ROUNDOFF[query.dtype]
-    pooled_key, pooled_value = (pool_rows(m, division, kv_len) for m in means)
-    count = spread_to_rows(count_keys(division, kv_len), heads, query.shape[2])
-    log_count, used = count.clamp(min=1).log(), count > 0
-
-    # Scores and their sizes: attended keys, then pools.
-    far = factor * tiles.times(query.double(), pooled_key.mean.mT) + log_count
-    near = oracle.scores(query, key, scale).masked_fill(~division.attended, -torch.inf)
-    terms = torch.cat([near, far.masked_fill(~used, -torch.inf)], -1)
-    lse = torch.logsumexp(terms, -1)
-    prob = (terms - lse[..., None]).exp()
+    terms, tiles = Terms(query, key, division, means[0], scale), Tiles(query, key.shape[1])
+    used, unit = terms.used, UNIT_ROUNDOFF[query.dtype]
+    pooled_value = pool_rows(means[1], division, terms.kv_len)
+    scores = torch.cat([terms.near, terms.far], -1)
+    lse = torch.logsumexp(scores, -1)
+    prob = (scores - lse[..., None]).exp()
     prob = prob.masked_fill(torch.cat([~division.attended, ~used], -1), 0.0)
-    of_keys, of_pools = prob.split([kv_len, far.shape[-1]], -1)
-    size = oracle.scores(query.abs(), key.abs(), None if scale is None else abs(scale))
-    size = torch.where(division.attended, size, 0.0)
-    far_key = pooled_key.mean.abs().nan_to_num(0.0, 0.0, 0.0)
-    far_size = abs(factor) * tiles.times(query.double().abs(), far_key.mT)
-    size = torch.cat([size, torch.where(used, far_size + log_count, 0.0)], -1)
-    size = pad(size, (0, 1)).amax(-1)
+    of_keys, of_pools = prob.split([terms.kv_len, used.shape[-1]], -1)
 
     # Values.
-    near_raw = oracle.expand_heads(value, heads)
+    near_raw = oracle.expand_heads(value, query.shape[1])
     near_value = near_raw.nan_to_num(0.0, 0.0, 0.0)
     far_value = pooled_value.mean.nan_to_num(0.0, 0.0, 0.0)
     out = of_keys @ near_value + tiles.times(of_pools, far_value)
     weight = of_keys @ near_value.abs() + tiles.times(of_pools, far_value.abs())
 
     # What rounded pools change.
-    exponent = abs(factor) * tiles.times(query.double().abs(), pooled_key.error.mT)
-    exponent = torch.where(used, exponent, 0.0).nan_to_num(0.0, 0.0, 0.0)
-    shift = (of_pools * exponent.expm1()).sum(-1, keepdim=True).log1p()
+    shift = (of_pools * terms.exponent.expm1()).sum(-1, keepdim=True).log1p()
     moved_keys = of_keys * shift.expm1()
-    moved_pools = of_pools * (exponent + shift).expm1()
+    moved_pools = of_pools * (terms.exponent + shift).expm1()
     pooled_error = moved_keys @ near_value.abs()
     pooled_error += tiles.times(moved_pools, far_value.abs() + pooled_value.error)
     pooled_error += tiles.times(of_pools, pooled_value.error)
 
-    terms_used = (division.attended.sum(-1, keepdim=True) + used.sum(-1, keepdim=True)).double()
-    accumulate = 2 * (head_dim + 4) * EPS * size[..., None] + (terms_used + 16) * EPS
-    bound = (unit * (weight + out.abs()) + pooled_error) * (1 + 2 * unit) + accumulate * weight
+    size = terms.size
+    accumulate = 2 * (terms.head_dim + 4) * EPS * size + (terms.count + 16) * EPS
+    bound = (unit * (weight + out.abs()) + pooled_error) * (1 + 2 * unit)
+    bound += accumulate[..., None] * weight
     lse_bound = 4 * EPS * (size + lse.abs().nan_to_num(posinf=0.0) + 16) + shift[..., 0]
     broken = (division.attended.double() @ (~near_raw.isfinite()).double()) > 0
     broken |= tiles.times(used.double(), (~pooled_value.mean.isfinite()).double()) > 0
     finite = prob.sum(-1, keepdim=True).isfinite() & ~broken
     return oracle.Reference(out, lse, bound, lse_bound, finite)
+
+
+# ---- The estimate of the omitted mass ----
+
+
+def sampled_blocks(ranges: Ranges, listed: Tensor, group: int) -> Tensor:
+    """bool [B, Hkv, T, blocks]: every ceil(n / 8)-th of the n listed blocks, if all rows of the
+    tile see 64 keys of it. `listed` holds every entry of the list: none of them is invalid."""
+    stride = (-(-listed.sum(-1, keepdim=True) // GAP_BLOCKS)).clamp(min=1)
+    every = (listed.cumsum(-1) - 1) % stride == 0
+    whole = keys_of_blocks(ranges.kv_len, ranges.device) == BLOCK_KEYS
+    return listed & every & ranges.seen_by_all(group) & whole
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The Jensen gap of every row, [B, Hq, Lq]."""
+
+    mean: Tensor  # float64
+    known: Tensor  # bool: no sampled block is so light that float32 may not count it
+
+
+def jensen_gap(terms: Terms, sampled: Tensor) -> Gap:
+    """By how much keys outweigh their mean score, in log, on average over the sampled blocks."""
+    heads, query_len = terms.scores.shape[1:3]
+    blocks = sampled.shape[-1]
+    filled = pad(terms.scores, (0, blocks * BLOCK_KEYS - terms.kv_len))
+    scores = filled.unflatten(-1, (blocks, BLOCK_KEYS))
+    weight = torch.logsumexp(scores, -1)
+    largest = pad(torch.cat([terms.near, terms.far], -1), (0, 1), value=-torch.inf).amax(-1)
+    rows = spread_to_rows(sampled, heads, query_len)
+    lightness = largest[..., None] - weight  # log2 of it: 64 are not counted, fewer may not be
+    counted = rows & (lightness <= 64 * math.log(2))
+    gap = weight - math.log(BLOCK_KEYS) - scores.mean(-1)
+    mean = torch.where(counted, gap, 0.0).sum(-1) / counted.sum(-1)
+    known = ~(rows & ~(lightness <= 40 * math.log(2))).any(-1)
+    return Gap(torch.where(mean.isfinite(), mean, 0.0), known)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """omitted_mass_estimate, [B, Hq, Lq] float64, and the least and the most that it may be."""
+
+    share: Tensor
+    least: Tensor
+    most: Tensor
+
+
+def estimated_omission(
+    query: Tensor,
+    key: Tensor,
+    division: Division,
+    key_means: Tensor,
+    sampled: Tensor,
+    scale: float | None = None,
+) -> Estimate:
+    """F e^g / (S + F e^g): S over attended keys, F over pools, g the mean gap of sampled blocks.
+
+    Rounding moves every score, hence F, S and e^g by a factor. In float32 one of F and S is what
+    the sum of both exceeds the other by, so it may be off by a part of that sum.
+    """
+    terms = Terms(query, key, division, key_means, scale)
+    gap = jensen_gap(terms, sampled)
+    kept, pools, moved = map(_log_sum, (terms.near, terms.far, terms.far + terms.exponent))
+    moved = (moved - pools).nan_to_num(0.0)  # the most that rounded means add to log F
+    rounding = (terms.count + 64) * EPS
+    error = moved + 4 * (terms.head_dim + 8) * EPS * terms.size + 2 * rounding
+    lost = rounding.log() + torch.logaddexp(kept, pools)
+    # Without pools, and for NaN, it is 0 and nothing else.
+    there = pools.isfinite() & (kept < torch.inf)
+
+    def share(of: Tensor, beside: Tensor, off: Tensor | float) -> Tensor:
+        return torch.where(there, (of + gap.mean - beside + off).sigmoid(), 0.0)
+
+    least = share(_log_less(pools, lost), torch.logaddexp(kept, lost), -error)
+    most = share(torch.logaddexp(pools, lost), _log_less(kept, lost), error)
+    unknown, stored = there & ~gap.known, torch.where(there, 4 * EPS, 0.0)
+    least = (least - stored).clamp(min=0).masked_fill(unknown, 0.0)
+    most = (most + stored).clamp(max=1).masked_fill(unknown, 1.0)
+    return Estimate(share(pools, kept, 0.0), least, most)
+
+
+def _log_sum(terms: Tensor) -> Tensor:
+    """[..., X] -> [...]; X may be 0."""
+    return torch.logsumexp(pad(terms, (0, 1), value=-torch.inf), -1)
+
+
+def _log_less(whole: Tensor, part: Tensor) -> Tensor:
+    """log(exp(whole) - exp(part)), -inf where that is not positive."""
+    return whole + (-(part - whole).exp().clamp(max=1.0)).log1p()
+
+
+def check_estimate(expected: Estimate, estimate: Tensor) -> float:
+    """omitted_mass_estimate by the definition, up to rounding; returns the largest error."""
+    assert estimate.dtype == torch.float32 and estimate.shape == expected.share.shape
+    assert ((estimate >= 0) & (estimate <= 1)).all(), "omitted_mass_estimate outside [0, 1]"
+    found = estimate.double()
+    assert (found >= expected.least).all(), "omitted_mass_estimate is too small"
+    assert (found <= expected.most).all(), "omitted_mass_estimate is too large"
+    sure = expected.most - expected.least < 1
+    error = torch.where(sure, (found - expected.share).abs(), 0.0)
+    return float(error.max()) if error.numel() else 0.0

@@ -24,6 +24,7 @@ FAULTS = (
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
     "norm", "shortlist", "refinement", "head_budget", "short_list",
     "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
+    "selections_estimate", "gap", "gap_blocks",
 )  # fmt: skip
 
 
@@ -95,6 +96,18 @@ class NaiveOps:
         out = of_keys @ oracle.expand_heads(value, heads).float()
         out = out + tiles.times(of_pools, pooled_value)
         return out.to(query.dtype), lse
+
+    def _far_estimate(  # type: ignore[no-untyped-def]
+        self, query, key, ranges, listed, key_means, scale
+    ):
+        heads, group = query.shape[1], query.shape[1] // key.shape[1]
+        division = far_field.divide(ranges, listed, heads)
+        sampled = far_field.sampled_blocks(ranges, listed, group)
+        if self.fault == "gap":
+            sampled = torch.zeros_like(sampled)
+        if self.fault == "gap_blocks":
+            sampled = sampled & (sampled.cumsum(-1) <= 1)  # the first one alone
+        return far_field.estimated_omission(query, key, division, key_means, sampled, scale).share
 
     def block_sparse_attention(  # type: ignore[no-untyped-def]
         self, query, key, value, indices, counts, *, window, anchors, far_field, causal, scale
@@ -202,6 +215,8 @@ class NaiveOps:
         if far_field:
             means = [self.block_summaries(t, selector="mean") for t in (key, value)]
             state = self._condense(query, key, value, ranges, chosen, means, scale)
+            if query.shape[2] > 1 and self.fault != "selections_estimate":
+                estimate = self._far_estimate(query, key, ranges, chosen, means[0], scale)
             return *state, estimate.float()
         support = support_of_lists(ranges, chosen, query.shape[1])
         return *self._attend(query, key, value, support, scale), estimate.float()

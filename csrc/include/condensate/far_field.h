@@ -48,4 +48,15 @@ CONDENSATE_HOST_DEVICE int64_t block_keys(int64_t kv_len, int64_t block) {
     return max_i64(min_i64(kv_len - block * kBlockKeys, kBlockKeys), 0);
 }
 
+// What the keys of pools weigh is estimated by that of the pools and by how far, on average, the
+// tile's sampled blocks outweigh their mean scores: their Jensen gap. Sampled is every
+// gap_stride-th valid entry of a list of `count`, if all rows see 64 keys of it.
+constexpr int kGapBlocks = 8;  // at most; more do not bring the estimate closer
+CONDENSATE_HOST_DEVICE int64_t gap_stride(int64_t count) {
+    return max_i64(ceil_div(count, kGapBlocks), 1);
+}
+// A block that weighs less, as a share of the row's largest term, is not counted: float32 would
+// lose some of its keys.
+constexpr float kGapLeastWeight = 0x1p-64f;
+
 }  // namespace condensate

@@ -130,6 +130,7 @@ struct AttentionParams {
     FarField far_field;                      // or none; none where threshold is given
     void* out = nullptr;                     // [B, Hq, Lq, D] contiguous, dtype
     float* lse = nullptr;                    // [B, Hq, Lq] natural log, or null
+    float* omitted_mass_estimate = nullptr;  // [B, Hq, Lq] or null; null without far field
 };
 
 // query, key, lse of a support -> the softmax mass outside it, by scoring every visible key.

@@ -2,6 +2,7 @@
 // A CTA takes 32 rows of a tile and walks the blocks that the tile attends, 32 keys at a time: keys
 // are staged and scored (one key per lane), then values are staged in the same memory and added up
 // (some channels per lane).
+#include "device/jensen_gap.h"
 #include "device/tile_walk.h"
 #include "kernels/launch.h"
 #include "kernels/simt/far_rows.h"
@@ -40,6 +41,11 @@ struct RowState {
     float largest = -INFINITY;
     float sum = 0.0f;
     float out[kDim / 32] = {};
+    // For the estimate of the omitted mass: a lane's shares of a sampled block's scores and
+    // weights, and of the gaps of those that were counted.
+    float block_scores = 0.0f, block_weights = 0.0f;
+    float gap = 0.0f, gap_blocks = 0.0f;
+    float kept = 0.0f;  // of `sum`, before the pools
 
     // Takes in one score per lane (-inf: not attended) and returns its weight.
     __device__ __forceinline__ float weigh(float score) {
@@ -50,11 +56,34 @@ struct RowState {
         if (largest != previous) {
             float rescale = expf(previous - reference);
             sum *= rescale;
+            block_weights *= rescale;
+            kept *= rescale;
 #pragma unroll
             for (int c = 0; c < kDim / 32; ++c) out[c] *= rescale;
         }
         sum += weight;
         return weight;
+    }
+
+    // A sampled block's keys, as they pass by, and its end.
+    __device__ __forceinline__ void sample(float score, float weight) {
+        block_scores += score;
+        block_weights += weight;
+    }
+    __device__ __forceinline__ void end_block() {
+        const float weight = warp_sum(block_weights);
+        if (weight >= kGapLeastWeight) {
+            gap += (logf(weight) + largest) / 32 - block_scores / kBlockKeys;
+            gap_blocks += 1.0f;
+        }
+        block_scores = block_weights = 0.0f;
+    }
+    // The omitted mass, estimated; the warp calls it.
+    __device__ __forceinline__ float omitted_share() const {
+        const float mean = warp_sum(gap) / gap_blocks - logf(kBlockKeys);
+        const float attended = warp_sum(kept);
+        return device::omitted_share(warp_sum(sum) - attended, attended,
+                                     fabsf(mean) < INFINITY ? mean * device::kLog2E : 0.0f);
     }
 };
 
@@ -156,6 +185,10 @@ __device__ __forceinline__ void store_rows(const RowState<kDim> (&states)[kWarpR
         if (params.lse && lane.lane == 0) {
             params.lse[flat] = sum == 0.0f ? -INFINITY : state.largest + logf(sum);
         }
+        if (params.omitted_mass_estimate) {
+            const float share = state.omitted_share();
+            if (lane.lane == 0) params.omitted_mass_estimate[flat] = share;
+        }
     }
 }
 
@@ -164,7 +197,7 @@ template <class T, int kDim>
 __device__ __forceinline__ void attend_keys(RowState<kDim> (&states)[kWarpRows],
                                             AttentionSmem<kDim>& smem,
                                             const AttentionParams& params, const AttentionCta& cta,
-                                            int64_t first, bool listed) {
+                                            int64_t first, bool listed, bool sampled) {
     const Problem& problem = params.problem;
     const Ranges ranges = problem.ranges();
     int head_dim = static_cast<int>(problem.head_dim);
@@ -186,7 +219,9 @@ __device__ __forceinline__ void attend_keys(RowState<kDim> (&states)[kWarpRows],
     for (int r = 0; r < kWarpRows; ++r) {
         bool attended =
             smem.supports[lane.row(r)].attends(ranges, first + lane.lane, listed, score[r]);
-        smem.weights[lane.warp][lane.lane][r] = states[r].weigh(attended ? score[r] : -INFINITY);
+        const float weight = states[r].weigh(attended ? score[r] : -INFINITY);
+        smem.weights[lane.warp][lane.lane][r] = weight;
+        if (sampled) states[r].sample(score[r], weight);
     }
     __syncthreads();  // everyone is done with the keys; the warp's weights are written
     stage_rows(smem.tile.element, kStride, values, params.value.stride_seq, first, problem.kv_len,
@@ -246,11 +281,17 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
         params.threshold ? device::BlockWalk(ranges, span) : device::tile_walk(params, cta.tile);
     for (device::BlockStep step = walk.next(); step.block != INT_MAX; step = walk.next()) {
         int64_t begin = int64_t{step.block} * kBlockKeys;
+        const bool sampled =
+            params.omitted_mass_estimate && step.sampled &&
+            block_cover(ranges, span, step.block, /*listed=*/true) == BlockCover::kFull;
         for (int64_t first = begin; first < begin + kBlockKeys; first += kTileKeys) {
             if (first >= problem.kv_len || (problem.causal && first > span.last)) break;
-            attend_keys<T, kDim>(states, smem, params, cta, first, step.listed || has_far);
+            attend_keys<T, kDim>(states, smem, params, cta, first, step.listed || has_far, sampled);
         }
+        if (sampled)
+            for (RowState<kDim>& state : states) state.end_block();
     }
+    for (RowState<kDim>& state : states) state.kept = state.sum;
     if (has_far) {
         const device::FarTile far(device::FarShape::of(problem.kv_len), ranges, span);
         if (threadIdx.x == 0) smem.far.walk.set(params, cta.tile);

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condensate_ext.audit import mean_interval
+from condensate_ext.diagnostics import last_plan
 from condensate_ext.evaluate.policies import Policy
 from condensate_ext.evaluate.runs import Advance, silent
+from condensate_ext.evaluate.support import attended_lse, condenses
 from condensate_ext.hf import replaced_attention
-from condensate_ext.ops import attention, attention_forward, omitted_mass
+from condensate_ext.ops import attention_forward, omitted_mass
 
 AUDITED_ROWS = 256  # a document
 AUDITED_STEPS = 24  # a document; each takes calls of its own
@@ -68,10 +70,10 @@ def _measured(
     query: Tensor, key: Tensor, value: Tensor, policy: Policy, rows: Tensor, scale: float | None
 ) -> list[Tensor]:
     """Of some rows: output ``[heads, rows, D]``, omitted mass, its estimate ``[heads, rows]``."""
-    out = attention(query, key, value, scale=scale, **policy)
-    # The far field enters the log-sum-exp; what is audited is the support alone.
-    support = {**policy, "far_field": False}
-    _, lse, estimate = attention_forward(query, key, value, scale=scale, **support)
+    out, lse, estimate = attention_forward(query, key, value, scale=scale, **policy)
+    selects = not {"selection=covered", "selection=dense"} & set(last_plan().split())
+    if selects and condenses(policy):  # its log-sum-exp holds the pools, which are not attended
+        lse = attended_lse(query, key, value, policy, scale=scale)
     omitted = omitted_mass(query, key, lse, rows=rows, scale=scale)
     return [out[0, :, rows].float(), omitted[0], estimate[0, :, rows]]
 

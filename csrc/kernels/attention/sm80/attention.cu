@@ -21,9 +21,9 @@ Status choose_rows(const AttentionParams& params, const LaunchContext& context) 
     const Problem& p = params.problem;
     if constexpr (kDim <= 128) {  // 32 rows of 256 output channels do not fit a warp's registers
         int64_t positions = min_i64(tile_positions(p.group()), p.query_len);
-        if (positions * p.group() > 64) {
-            return run<sm80::AttentionTraits<T, kDim, 2, false, kFar>>(params, context);
-        }
+        using Wide = sm80::AttentionTraits<T, kDim, 2, false, kFar>;
+        const bool suits = Wide::kEstimates || !params.omitted_mass_estimate;
+        if (positions * p.group() > 64 && suits) return run<Wide>(params, context);
     }
     return run<sm80::AttentionTraits<T, kDim, 1, false, kFar>>(params, context);
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/far_rows.h"
+#include "device/jensen_gap.h"
 #include "device/smem_tile.h"
 
 namespace condensate::kernels::sm80 {
@@ -112,6 +113,66 @@ __device__ __forceinline__ void for_far_steps(typename Traits::Smem& smem,
         __syncthreads();  // everyone is done with the stages
     }
 }
+
+// What a warp's rows gather for their estimate of the omitted mass.
+template <class Traits>
+struct FarShare {
+    using Softmax = device::OnlineSoftmax<Traits::kMTiles>;
+    using Sums = float[Traits::kMTiles][2];
+
+    Sums pools = {};  // a lane's share of the rows' sums, as far as it is pools'
+    device::BlockSums<Traits::kMTiles> block;
+    device::JensenGap<Traits::kMTiles> gap;
+    bool half_block = false;  // `block` has the first of two steps
+
+    // While there are nothing but pools in the sums.
+    __device__ __forceinline__ void set_pools(const Softmax& softmax) {
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) pools[m][half] = softmax.row_sum[m][half];
+    }
+    __device__ __forceinline__ void rescale(const Sums& factor) {
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) pools[m][half] *= factor[m][half];
+        block.rescale_weights(factor);
+    }
+
+    // A sampled block's scores, then its weights; twice where a step is half a block.
+    __device__ __forceinline__ void add_scores(
+        const float (&s)[Traits::kMTiles][Traits::kNTiles][4]) {
+        block.template add_scores<0, Traits::kNTiles>(s);
+    }
+    __device__ __forceinline__ void add_weights(const Sums& weights, const Softmax& softmax,
+                                                float scale_log2) {
+        block.add_weights(weights);
+        if (Traits::kStepKeys < kBlockKeys) half_block = !half_block;
+        if (half_block) return;
+        gap.add(block, softmax, scale_log2);
+        block = {};
+    }
+
+    __device__ __forceinline__ void store(const AttentionParams& params,
+                                          const device::TileRows& tile, int warp_first_row,
+                                          const Softmax& softmax) const {
+        const int lane = static_cast<int>(threadIdx.x) & 31;
+#pragma unroll
+        for (int m = 0; m < Traits::kMTiles; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = warp_first_row + 16 * m + 8 * half + lane / 4;
+                const float condensed = device::quad_sum(pools[m][half]);
+                const float kept = softmax.row_sum[m][half] - condensed;
+                const float share = device::omitted_share(condensed, kept, gap.mean(m, half));
+                if (lane % 4 == 0 && tile.exists(row))
+                    params.omitted_mass_estimate[tile.flat_row(row, params.problem.query_heads)] =
+                        share;
+            }
+        }
+    }
+};
 
 template <int kMTiles, int kNTiles>
 __device__ __forceinline__ void add_far_bias(float (&s)[kMTiles][kNTiles][4],

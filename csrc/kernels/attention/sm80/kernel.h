@@ -3,6 +3,7 @@
 #pragma once
 
 #include "condensate/params.h"
+#include "device/jensen_gap.h"
 #include "device/mma_tile.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
@@ -213,10 +214,17 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         device::score_tile<T, Traits::kDim>(scores, ptx::smem_address(smem.q), warp_row,
                                             ptx::smem_address(smem.k[stage]));
     };
-    auto accumulate = [&](float (&scores)[Traits::kMTiles][Traits::kNTiles][4], int stage) {
-        float rescale[Traits::kMTiles][2];
-        if (softmax.raise(scores, scale_log2, rescale)) device::scale_rows(out, rescale);
-        softmax.weigh(scores, scale_log2);
+    FarShare<Traits> far;
+    auto accumulate = [&](float (&scores)[Traits::kMTiles][Traits::kNTiles][4], int stage,
+                          bool sampled) {
+        float rescale[Traits::kMTiles][2], weights[1][Traits::kMTiles][2];
+        if (sampled) far.add_scores(scores);
+        if (softmax.raise(scores, scale_log2, rescale)) {
+            device::scale_rows(out, rescale);
+            if constexpr (Traits::kEstimates) far.rescale(rescale);
+        }
+        softmax.template weigh<Traits::kNTiles>(scores, scale_log2, weights);
+        if (sampled) far.add_weights(weights[0], softmax, scale_log2);
         accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
     };
 
@@ -227,12 +235,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             score(scores, stage);
             if (problem.scale < 0.0f) device::negate(scores);
             add_far_bias(scores, bias);
-            accumulate(scores, stage);
+            accumulate(scores, stage, false);
+            far.set_pools(softmax);
         });
 
     StepWalk<Traits> walk(
         ranges, span,
-        Traits::kExact ? device::BlockWalk(ranges, span) : device::tile_walk(params, tile));
+        Traits::kExact ? device::BlockWalk(ranges, span) : device::tile_walk(params, tile),
+        params.omitted_mass_estimate != nullptr);
     Step step = walk.next();
     if (step.key_begin >= 0) load_step(step, 0);
     ptx::cp_async_commit();
@@ -251,13 +261,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
                                 thresholds);
         }
         if (problem.scale < 0.0f) device::negate(scores);
-        accumulate(scores, stage);
+        accumulate(scores, stage, Traits::kEstimates && step.sampled);
         step = next;
     }
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // a tile without steps has not waited for its queries, which `out` replaces
     softmax.reduce_sums();
+    if (Traits::kEstimates && params.omitted_mass_estimate)
+        far.store(params, tile, first_row + warp_row, softmax);
     store_rows<Traits>(smem, params, tile, first_row, warp_row, out, softmax);
     if (walk.errors() && threadIdx.x == 0) atomicOr(error_word, walk.errors());
 }

@@ -11,25 +11,29 @@ struct Step {
     int64_t key_begin;  // negative at the end
     bool partial;       // the mask must be evaluated
     bool listed;
+    bool sampled;  // for the estimate of the omitted mass
 };
 
 // Cuts the walk's blocks into steps of kStepKeys keys.
 template <class Traits>
 class StepWalk {
   public:
-    __device__ StepWalk(const Ranges& ranges, TileSpan tile, const device::BlockWalk& walk)
-        : ranges_(ranges), tile_(tile), walk_(walk) {}
+    // `samples`: the estimate is wanted.
+    __device__ StepWalk(const Ranges& ranges, TileSpan tile, const device::BlockWalk& walk,
+                        bool samples)
+        : ranges_(ranges), tile_(tile), walk_(walk), samples_(samples) {}
 
     __device__ Step next() {
         if (key_ % kBlockKeys == 0) {
             device::BlockStep block = walk_.next();
-            if (block.block == INT_MAX) return {-1, false, false};
+            if (block.block == INT_MAX) return {-1, false, false, false};
             key_ = int64_t{block.block} * kBlockKeys;
             listed_ = block.listed || Traits::kFar;  // with the far field, blocks are whole
             partial_ = Traits::kExact ||
                        block_cover(ranges_, tile_, block.block, listed_) != BlockCover::kFull;
+            if (Traits::kEstimates) sampled_ = samples_ && block.sampled && !partial_;
         }
-        Step step = {key_, partial_, listed_};
+        Step step = {key_, partial_, listed_, sampled_};
         key_ += Traits::kStepKeys;
         return step;
     }
@@ -40,7 +44,8 @@ class StepWalk {
     TileSpan tile_;
     device::BlockWalk walk_;
     int64_t key_ = 0;
-    bool listed_ = false, partial_ = false;
+    bool listed_ = false, partial_ = false, sampled_ = false;
+    const bool samples_;
 };
 
 }  // namespace condensate::kernels::sm80

@@ -24,6 +24,8 @@ struct AttentionTraits {
     static constexpr int kMTiles = kMTiles_;  // 16-row tiles of a warp
     static constexpr bool kExact = kExact_;   // per-row score thresholds
     static constexpr bool kFar = kFar_;       // pooled rows for what is not listed
+    // The estimate of the omitted mass needs more registers than 32 rows of 128 channels leave.
+    static constexpr bool kEstimates = kFar && !(kMTiles == 2 && kDim == 128);
     static constexpr int kWarps = 4;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kWarpRows = 16 * kMTiles;

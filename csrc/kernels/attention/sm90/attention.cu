@@ -1,4 +1,4 @@
-// Chooses the instantiation: element type, head_dim, warpgroups of a tile, far field.
+// Chooses the instantiation: element type, head_dim, warpgroups of a tile, far field, estimate.
 
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/launch.h"
@@ -49,23 +49,25 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
                   context.error_word);
 }
 
-template <class T, bool kFar>
+template <class T, bool kFar, bool kEstimates>
 Status choose(const AttentionParams& params, const LaunchContext& context) {
     using sm90::AttentionTraits;
     const int group = params.problem.group();
     const bool small = tile_positions(group) * group <= 64;
     if (params.problem.head_dim == 64)
         // Three CTAs would leave too few registers to the far field's warps.
-        return small ? run<AttentionTraits<T, 64, 1, 1, kFar ? 2 : 3, kFar>>(params, context)
-                     : run<AttentionTraits<T, 64, 2, 2, 1, kFar>>(params, context);
-    return small ? run<AttentionTraits<T, 128, 1, 1, 2, kFar>>(params, context)
-                 : run<AttentionTraits<T, 128, 2, 2, 1, kFar>>(params, context);
+        return small ? run<AttentionTraits<T, 64, 1, 1, kFar ? 2 : 3, kFar, kEstimates>>(params,
+                                                                                         context)
+                     : run<AttentionTraits<T, 64, 2, 2, 1, kFar, kEstimates>>(params, context);
+    return small ? run<AttentionTraits<T, 128, 1, 1, 2, kFar, kEstimates>>(params, context)
+                 : run<AttentionTraits<T, 128, 2, 2, 1, kFar, kEstimates>>(params, context);
 }
 
 template <class T>
 Status choose_support(const AttentionParams& params, const LaunchContext& context) {
-    return params.far_field.key.given() ? choose<T, true>(params, context)
-                                        : choose<T, false>(params, context);
+    if (!params.far_field.key.given()) return choose<T, false, false>(params, context);
+    return params.omitted_mass_estimate ? choose<T, true, true>(params, context)
+                                        : choose<T, true, false>(params, context);
 }
 
 }  // namespace

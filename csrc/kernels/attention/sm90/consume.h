@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device/far_rows.h"
+#include "device/jensen_gap.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
 #include "device/smem_tile.h"
@@ -26,6 +27,8 @@ class Consumer {
     using Scores = float[1][Traits::kNTiles][4];
     using Output = float[1][Traits::kDTiles][4];
     using Weights = uint32_t[Traits::kNTiles / 2][4];
+    using BlockSums = device::BlockSums<1>[Traits::kStepBlocks];
+    using Gap = device::JensenGap<1>;
 
     __device__ Consumer(Smem& smem, const AttentionParams& params, const TensorMaps& maps)
         : smem_(smem),
@@ -40,6 +43,8 @@ class Consumer {
         Scores scores;
         Weights weights;
         device::OnlineSoftmax<1> softmax;
+        BlockSums sums;
+        Gap gap;
         float rescale[1][2];
 
         ptx::mbarrier_wait(ptx::smem_address(&smem_.q_full), q_parity_);
@@ -50,18 +55,20 @@ class Consumer {
         release_scored(step);
         mask_blocks(scores, step, tile);
         softmax.raise(scores, scale_log2_, rescale);  // nothing to rescale yet
-        softmax.weigh(scores, scale_log2_);
+        weigh_blocks(scores, step, softmax, sums);
         pack(weights, scores);
         release_out();
-        auto turn = [&](auto weigh_in) {
+        auto turn = [&](auto prepare, auto weigh) {
+            const int sampled = Traits::kEstimates ? step.sampled : 0;
             step = start_scores(scores);
             start_values(out, weights);
+            add_gaps(sampled, sums, softmax, gap);  // while the tensor cores are busy
             ptx::wgmma_wait<1>();
             ptx::pin_registers(scores[0]);
             release_scored(step);
-            weigh_in();
+            prepare();
             bool raised = softmax.raise(scores, scale_log2_, rescale);
-            softmax.weigh(scores, scale_log2_);
+            weigh(raised);
             ptx::wgmma_wait<0>();
             ptx::pin_registers(out[0]);
             release_values();
@@ -71,15 +78,24 @@ class Consumer {
         // The far field's steps come last, in a loop of their own: that of blocks has no registers
         // to spare.
         while (!step.last && !(Traits::kFar && step.far_next))
-            turn([&] { mask_blocks(scores, step, tile); });
+            turn([&] { mask_blocks(scores, step, tile); },
+                 [&](bool) { weigh_blocks(scores, step, softmax, sums); });
+        float kept[2] = {softmax.row_sum[0][0], softmax.row_sum[0][1]};  // a lane's share
         if constexpr (Traits::kFar)
-            while (!step.last) turn([&] { add_far_bias(scores, step); });
+            while (!step.last)
+                turn([&] { add_far_bias(scores, step); },
+                     [&](bool raised) {
+                         for (int half = 0; half < 2; ++half)
+                             kept[half] *= raised ? rescale[0][half] : 1.0f;
+                         softmax.weigh(scores, scale_log2_);
+                     });
         start_values(out, weights);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out[0]);
         release_values();
         if (Traits::kFar && !step.far) await_no_far_step();
         softmax.reduce_sums();
+        if constexpr (Traits::kEstimates) store_estimate(tile, softmax, kept, gap);
         store(tile, out, softmax);
     }
 
@@ -188,6 +204,33 @@ class Consumer {
         if (params_.problem.scale < 0.0f) device::negate(scores);
     }
 
+    // Turns the scores of a step's blocks into weights, and keeps the sums of sampled ones. Every
+    // instantiation adds up block by block, so that with and without the estimate the output is the
+    // same to the bit.
+    __device__ void weigh_blocks(Scores& scores, const Step& step,
+                                 device::OnlineSoftmax<1>& softmax, BlockSums& sums) const {
+        constexpr int kBlockTiles = kBlockKeys / 8, kBlocks = Traits::kStepBlocks;
+        if constexpr (Traits::kEstimates) {
+            if (step.sampled & 1) sums[0].template set_scores<0, kBlockTiles>(scores);
+            if constexpr (kBlocks == 2)
+                if (step.sampled & 2) sums[1].template set_scores<kBlockTiles, kBlockTiles>(scores);
+        }
+        float weights[kBlocks][1][2];
+        softmax.template weigh<Traits::kNTiles, kBlockTiles>(scores, scale_log2_, weights);
+        if constexpr (Traits::kEstimates)
+            for (int j = 0; j < kBlocks; ++j) sums[j].set_weights(weights[j]);
+    }
+    // Adds the gaps of what weigh_blocks() kept.
+    __device__ void add_gaps(int sampled, const BlockSums& sums,
+                             const device::OnlineSoftmax<1>& softmax, Gap& gap) const {
+        if constexpr (Traits::kEstimates) {
+            if (sampled == 0) return;
+#pragma unroll
+            for (int j = 0; j < Traits::kStepBlocks; ++j)
+                if (sampled >> j & 1) gap.add(sums[j], softmax, scale_log2_);
+        }
+    }
+
     // Weights in the A layout, rounded to the values' type.
     __device__ void pack(Weights& weights, const Scores& p) const {
 #pragma unroll
@@ -197,6 +240,22 @@ class Consumer {
                 const float (&tile)[4] = p[0][2 * k + i / 2];
                 weights[k][i] = device::pack2<T>(tile[2 * (i % 2)], tile[2 * (i % 2) + 1]);
             }
+    }
+
+    // `kept`: a lane's share of the sum before the far field's steps.
+    __device__ void store_estimate(const device::TileRows& tile,
+                                   const device::OnlineSoftmax<1>& softmax, const float (&kept)[2],
+                                   const Gap& gap) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = warp_row() + 8 * half + lane() / 4;
+            const float attended = device::quad_sum(kept[half]);
+            const float pools = softmax.row_sum[0][half] - attended;
+            const float share = device::omitted_share(pools, attended, gap.mean(0, half));
+            if ((lane() & 3) == 0 && tile.exists(row))
+                params_.omitted_mass_estimate[tile.flat_row(row, params_.problem.query_heads)] =
+                    share;
+        }
     }
 
     // Divides by the sums and writes the warpgroup's rows: registers -> shared -> global.

@@ -27,18 +27,22 @@ class FarRows {
           thread_(static_cast<int>(threadIdx.x) - 32 * (Traits::kConsumerWarps + 1)) {}
 
     __device__ void tile(const device::TileRows& tile) {
-        record_walk(tile);
-        head_ = tile.flat_kv_head(params_.problem);
         const device::FarTile far(maps_.far, params_.problem.ranges(), tile.span());
-        const bool condenses = skip_blocks(far);
+        head_ = tile.flat_kv_head(params_.problem);
+        record_walk(tile, far);
+        const device::WalkCount walked = smem_.walked;
+        pass_steps(max((walked.all + Traits::kStepBlocks - 1) / Traits::kStepBlocks, 1));
         await(&smem_.out_free, 1);
-        if (!condenses) return release(&smem_.no_far_step);
+        if (walked.below == far.end) return release(&smem_.no_far_step);  // nothing to condense
         set_bias(far);
-        const int changed = make_rows(far);
-        for (int first = 0; first < far.pools(); first += Traits::kStepKeys) {
+        // First the rows that fit where the output was, then the stages, K and V in turn.
+        const int stages = 2 * ((far.pools() + Traits::kStepKeys - 1) / Traits::kStepKeys);
+        int changed = 0;
 #pragma unroll 1
-            for (int which = 0; which < 2; ++which) fill_stage(far, which, first, changed);
-            pass_steps(1);
+        for (int stage = -1; stage < stages; ++stage) {
+            if (stage >= 0) await_means(stage);
+            if (stage < 0 || changed > Traits::kMadeRows) changed = make_rows(far, stage);
+            if (stage >= 0) fill_stage(far, stage, changed);
         }
     }
 
@@ -50,11 +54,9 @@ class FarRows {
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
-    __device__ auto walk() { return device::WarpWalk(smem_.walk); }
-
-    __device__ void record_walk(const device::TileRows& tile) {
+    __device__ void record_walk(const device::TileRows& tile, const device::FarTile& far) {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // nobody reads the last tile's any more
-        if (thread_ < 32) smem_.walk.set_by_warp(params_, tile);
+        if (thread_ < 32) smem_.walked = smem_.walk.set_by_warp(params_, tile, far.end);
         ptx::named_barrier_sync(kFarThreads, kThreads);
     }
 
@@ -62,29 +64,30 @@ class FarRows {
         steps_ = (steps_ + steps) % (Traits::kKeyStages * Traits::kValueStages);
     }
 
-    // Makes the rows of a far step's K (`which` 0) or V stage what they should be.
-    __device__ void fill_stage(const device::FarTile& far, int which, int first, int changed) {
-        const int step = first / Traits::kStepKeys;
-        const int k = steps_ % Traits::kKeyStages, v = steps_ % Traits::kValueStages;
-        await(which == 0 ? &smem_.far_loaded_k[step] : &smem_.far_loaded_v[step],
-              2u << (2 * step + which));
-        Panels& rows = which == 0 ? smem_.k[k] : smem_.v[v];
-        replace_rows(far, which, first, changed, rows);
-        if (which == 1) clear_rows(far.pools() - first, rows);
-        release(which == 0 ? &smem_.k_full[k] : &smem_.v_full[v]);
+    // Far stages count on, K (0) and V (1) of the first far step, then of the next.
+    static __device__ int which(int stage) { return stage % 2; }
+    static __device__ int first_pool(int stage) { return stage / 2 * Traits::kStepKeys; }
+
+    // Waits for the premade rows of a far stage.
+    __device__ void await_means(int stage) {
+        const int step = stage / 2;
+        await(which(stage) == 0 ? &smem_.far_loaded_k[step] : &smem_.far_loaded_v[step],
+              2u << stage);
     }
 
-    // Passes the stages that the tile's blocks use. Returns whether they leave any to condense.
-    __device__ bool skip_blocks(const device::FarTile& far) {
-        int64_t condensed = far.all_keys();
-        int blocks = 0;
-        auto walked = walk();
-        for (; walked.block != INT_MAX; walked.next()) {
-            ++blocks;
-            if (walked.block < far.end) condensed -= far.block_keys(walked.block);
-        }
-        pass_steps(max((blocks + Traits::kStepBlocks - 1) / Traits::kStepBlocks, 1));
-        return condensed > 0;
+    __device__ Panels& panels(int stage) {
+        return which(stage) == 0 ? smem_.k[steps_ % Traits::kKeyStages]
+                                 : smem_.v[steps_ % Traits::kValueStages];
+    }
+
+    // Makes the rows of a far stage what they should be, and hands it to the consumers.
+    __device__ void fill_stage(const device::FarTile& far, int stage, int changed) {
+        Panels& rows = panels(stage);
+        replace_rows(stage, changed, rows);
+        if (which(stage) == 1) clear_rows(far.pools() - first_pool(stage), rows);
+        release(which(stage) == 0 ? &smem_.k_full[steps_ % Traits::kKeyStages]
+                                  : &smem_.v_full[steps_ % Traits::kValueStages]);
+        if (which(stage) == 1) pass_steps(1);
     }
 
     // Every pool's bias as if nothing of it were walked.
@@ -96,33 +99,31 @@ class FarRows {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // before that of changed rows
     }
 
-    // Makes changed rows, those with ordinals from..to - 1 of pools first..end - 1, and gives
-    // store(pool, ordinal, share) each lane's share of a key or value row. The warps take turns.
-    // Returns how many rows are changed.
-    template <class Store>
-    __device__ __forceinline__ int for_rows(const device::FarTile& far, int from, int to, int first,
-                                            int end, const Store& store) {
+    // Makes changed rows, the warps in turn: with stage -1 as many as fit where the output was,
+    // else the others of this stage, in their places. Returns how many rows are changed. There is
+    // one such function, and one call of it, to keep the code small.
+    __device__ __forceinline__ int make_rows(const device::FarTile& far, int stage) {
         const Channels channels(params_, far, head_, row_half(), row_lane());
+        const bool ahead = stage < 0;
+        const int first = ahead ? 0 : first_pool(stage);
+        const int end = ahead ? kFarPools : first + Traits::kStepKeys;
         return device::for_changed_pools(
-            far, channels, walk(),
+            far, channels, device::WarpWalk(smem_.walk),
             [&](int pool, int ordinal) {
-                return ordinal % kFarWarps == thread_ / 32 && ordinal >= from && ordinal < to &&
-                       pool >= first && pool < end;
+                return ordinal % kFarWarps == thread_ / 32 &&
+                       ahead == (ordinal < Traits::kMadeRows) && pool >= first && pool < end;
             },
             [&](int pool, int ordinal, int keys, const float (&mean)[Channels::kElems]) {
                 if ((thread_ & 31) == 0)
                     smem_.far_bias[pool] = device::far_bias(keys, params_.problem.scale);
-                store(pool, ordinal, channels.round(mean));
+                const Packed share = channels.round(mean);
+                if (ahead) {
+                    made().pool[ordinal] = static_cast<uint8_t>(pool);
+                    made_row(ordinal, row_half())[row_lane()] = share;
+                } else if (row_half() == which(stage)) {
+                    *staged(panels(stage), pool - first) = share;
+                }
             });
-    }
-
-    // Makes as many changed rows as fit where the output was. Returns how many are changed.
-    __device__ int make_rows(const device::FarTile& far) {
-        return for_rows(far, 0, Traits::kMadeRows, 0, kFarPools,
-                        [&](int pool, int ordinal, const Packed& share) {
-                            made().pool[ordinal] = static_cast<uint8_t>(pool);
-                            made_row(ordinal, row_half())[row_lane()] = share;
-                        });
     }
 
     __device__ int row_half() const { return thread_ / kRowLanes % 2; }
@@ -140,23 +141,16 @@ class FarRows {
                                          byte % 16);
     }
 
-    // Replaces the changed rows of pools first..first + kStepKeys - 1: those made before, and those
-    // that did not fit.
-    __device__ void replace_rows(const device::FarTile& far, int which, int first, int changed,
-                                 Panels& rows) {
+    // Puts the changed rows of a stage that were made ahead in their places.
+    __device__ void replace_rows(int stage, int changed, Panels& rows) {
         const int fit = min(changed, Traits::kMadeRows);
         __syncwarp();  // each warp replaces the rows that it made, two at a time
         for (int ordinal = thread_ / 32 + kFarWarps * row_half(); ordinal < fit;
              ordinal += 2 * kFarWarps) {
-            const int row = made().pool[ordinal] - first;
+            const int row = made().pool[ordinal] - first_pool(stage);
             if (row >= 0 && row < Traits::kStepKeys)
-                *staged(rows, row) = made_row(ordinal, which)[row_lane()];
+                *staged(rows, row) = made_row(ordinal, which(stage))[row_lane()];
         }
-        if (changed <= Traits::kMadeRows) return;
-        for_rows(far, Traits::kMadeRows, kFarPools, first, first + Traits::kStepKeys,
-                 [&](int pool, int, const Packed& share) {
-                     if (row_half() == which) *staged(rows, pool - first) = share;
-                 });
     }
 
     // A weight of zero must not meet what lies behind the tile's pools.
@@ -166,8 +160,11 @@ class FarRows {
             *staged(rows, row) = Packed{};
     }
 
+    // One warp asks, so that the others do not crowd the consumers' memory instructions.
     __device__ void await(uint64_t* barrier, uint32_t parity_bit) {
-        ptx::mbarrier_wait(ptx::smem_address(barrier), (parities_ & parity_bit) != 0);
+        if (thread_ < 32)
+            ptx::mbarrier_wait_patiently(ptx::smem_address(barrier), (parities_ & parity_bit) != 0);
+        ptx::named_barrier_sync(kFarThreads, kThreads);
         parities_ ^= parity_bit;
     }
     // What these warps wrote may be read, by the tensor cores too.
@@ -183,7 +180,7 @@ class FarRows {
     const int thread_;       // of these warps
     int head_ = 0;           // of the tile, in [B, Hkv]
     int steps_ = 0;          // passed, modulo the round in which all stages come back
-    uint32_t parities_ = 0;  // bit 0 of out_free, bits 1 + 2 s and 2 + 2 s of far step s
+    uint32_t parities_ = 0;  // bit 0 of out_free, bit 1 + s of far stage s
 };
 
 }  // namespace condensate::kernels::sm90

@@ -33,6 +33,7 @@ class Producer {
         bool last = false;
         while (!last) {  // at least one step, perhaps without blocks
             Step step;
+            if constexpr (Traits::kEstimates) step.sampled = 0;
 #pragma unroll
             for (int j = 0; j < Traits::kStepBlocks; ++j) {
                 bool exists = block.block != INT_MAX;
@@ -40,6 +41,7 @@ class Producer {
                 step.listed[j] = block.listed || Traits::kFar;  // then blocks are attended whole
                 step.full[j] = exists && block_cover(ranges, span, block.block, step.listed[j]) ==
                                              BlockCover::kFull;
+                if (Traits::kEstimates && step.full[j] && block.sampled) step.sampled |= 1 << j;
                 if (Traits::kFar && block.block < far.end) condensed -= far.block_keys(block.block);
                 if (exists) block = walk.next();
             }

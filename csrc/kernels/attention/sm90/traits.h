@@ -14,9 +14,11 @@ struct Step {
                                 // of a far step, the first pool
     uint8_t full[kStepBlocks];  // every row attends every key
     uint8_t listed[kStepBlocks];
-    bool last;      // of the tile
-    bool far;       // pooled rows instead of blocks; set with the far field only, as is
-    bool far_next;  // are the next step's?
+    bool last;  // of the tile
+    // Set with the far field only:
+    bool far;         // pooled rows instead of blocks
+    bool far_next;    // are the next step's?
+    uint8_t sampled;  // block j is bit j: for the estimate of the omitted mass
 };
 
 constexpr int kFarWarps = 3;  // of the producer's warpgroup: they make pooled rows
@@ -34,6 +36,7 @@ template <int kSteps, int kRecorded>
 struct FarSmem<true, kSteps, kRecorded> {
     float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
     device::WalkSmem<kFarWarps, kRecorded> walk;
+    device::WalkCount walked;                             // those below far_end count as below
     uint64_t out_free;                                    // the last tile's output has left
     uint64_t no_far_step;                                 // nor will there be one in this tile
     uint64_t far_loaded_k[kSteps], far_loaded_v[kSteps];  // premade rows are in their stage
@@ -47,8 +50,10 @@ struct MadeRows {
 };
 
 // kConsumers warpgroups of 64 rows and one that feeds them. The far field is a template parameter
-// because its warps need registers, which the consumers have to give up.
-template <class T_, int kDim_, int kConsumers_, int kStepBlocks_, int kCtasPerSm_, bool kFar_>
+// because its warps need registers, which the consumers have to give up; the estimate of the
+// omitted mass is one because its code in the loop costs time even where it does not run.
+template <class T_, int kDim_, int kConsumers_, int kStepBlocks_, int kCtasPerSm_, bool kFar_,
+          bool kEstimates_>
 struct AttentionTraits {
     using T = T_;
     static constexpr int kDim = kDim_;  // head_dim
@@ -56,6 +61,7 @@ struct AttentionTraits {
     static constexpr int kStepBlocks = kStepBlocks_;
     static constexpr int kCtasPerSm = kCtasPerSm_;
     static constexpr bool kFar = kFar_;
+    static constexpr bool kEstimates = kEstimates_;
     static constexpr int kConsumerWarps = 4 * kConsumers;
     static constexpr int kThreads = 128 * (kConsumers + 1);
     // Registers of a thread: what a CTA is launched with, then what the producer leaves over.
@@ -89,7 +95,7 @@ struct AttentionTraits {
         T v[kValueStages][kPanels][kStepKeys * 64];
     };
     // Two small CTAs fill the multiprocessor's shared memory.
-    static constexpr int kRecorded = kConsumers == 1 ? 24 : 64;
+    static constexpr int kRecorded = kConsumers == 1 ? 22 : 64;
     struct Smem : Tiles, FarSmem<kFar, kFarSteps, kRecorded> {
         Step steps[kKeyStages];
         uint64_t q_full, q_empty;
@@ -98,6 +104,7 @@ struct AttentionTraits {
     };
     using MadeRows = sm90::MadeRows<T, kMadeRows, kDim>;
     static_assert(sizeof(MadeRows) <= sizeof(T[kRows * kDim]), "rows made ahead fit in `out`");
+    static_assert(kFar || !kEstimates, "the estimate is made of the far field's pools");
     static_assert(kPanels >= 1 && kDim % 64 == 0, "head_dim is a whole number of panels");
     static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the multiprocessor's shared memory");
 };
