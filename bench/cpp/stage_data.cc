@@ -127,6 +127,11 @@ StageData::StageData(const Shape& s, const Executor& executor, uint64_t seed)
         block_indices.allocate(executor, lists_ * list_width_ * 4);
         block_counts.allocate(executor, lists_ * 4);
         workspace.allocate(executor, block_select_workspace_bytes(select_params(), executor));
+        const int64_t dims = s.batch * s.kv_heads * s.head_dim;
+        for (Buffer* means : {&key_means, &value_means})
+            means->allocate(executor, dims * num_blocks(s.kv_len) * elem_bytes);
+        far_sums.allocate(executor, 2 * dims * num_far_sums(s.kv_len) * 4);
+        far_means.allocate(executor, 2 * dims * num_far_pools(s.kv_len) * elem_bytes);
     }
     query.fill_random(s.dtype, seed);
     key.fill_random(s.dtype, seed + 1);
@@ -185,17 +190,21 @@ AttentionParams StageData::attention_params() const {
     return p;
 }
 
-Status StageData::run_block_summaries() const {
+Status StageData::run_summaries(Selector selector, const Buffer& rows, const Buffer& into) const {
     BlockSummaryParams p;
     p.dtype = shape_.dtype;
     p.batch = shape_.batch;
     p.kv_heads = shape_.kv_heads;
     p.kv_len = shape_.kv_len;
     p.head_dim = shape_.head_dim;
-    p.selector = shape_.selector;
-    p.key = keys_view(key);
-    p.summaries = summaries.as<void>();
+    p.selector = selector;
+    p.key = keys_view(rows);
+    p.summaries = into.as<void>();
     return block_summaries(p, executor_);
+}
+
+Status StageData::run_block_summaries() const {
+    return run_summaries(shape_.selector, key, summaries);
 }
 
 Status StageData::run_select_blocks() const { return select_blocks(select_params(), executor_); }
@@ -212,11 +221,42 @@ Status StageData::run_select_tokens() const {
     return select_tokens(p, executor_);
 }
 
-Status StageData::run_attend_lists() const {
+AttentionParams StageData::lists_params() const {
     AttentionParams p = attention_params();
     p.block_indices = block_indices.as<int32_t>();
     p.block_counts = block_counts.as<int32_t>();
     p.max_blocks = list_width_;
+    return p;
+}
+
+Status StageData::run_attend_lists() const { return attention(lists_params(), executor_); }
+
+FarPoolsParams StageData::far_pools_params() const {
+    FarPoolsParams p;
+    p.dtype = shape_.dtype;
+    p.batch = shape_.batch;
+    p.kv_heads = shape_.kv_heads;
+    p.kv_len = shape_.kv_len;
+    p.head_dim = shape_.head_dim;
+    const int64_t head = num_blocks(shape_.kv_len) * shape_.head_dim;
+    p.key = {key_means.as<void>(), head, shape_.head_dim};
+    p.value = {value_means.as<void>(), head, shape_.head_dim};
+    p.sums = far_sums.as<float>();
+    p.means = far_means.as<void>();
+    return p;
+}
+
+Status StageData::run_far_pools() const {
+    Status status = run_summaries(Selector::kMean, key, key_means);
+    if (status.ok()) status = run_summaries(Selector::kMean, value, value_means);
+    return status.ok() ? far_pools(far_pools_params(), executor_) : status;
+}
+
+Status StageData::run_attend_far() const {
+    const FarPoolsParams pools = far_pools_params();
+    AttentionParams p = lists_params();
+    p.far_field = {pools.key, pools.value, pools.sums, pools.means};
+    p.omitted_mass_estimate = estimate.as<float>();
     return attention(p, executor_);
 }
 

@@ -59,6 +59,8 @@ class StageData {
     Status run_select_blocks() const;
     Status run_select_tokens() const;
     Status run_attend_lists() const;
+    Status run_far_pools() const;   // with the means of blocks that they are made of
+    Status run_attend_far() const;  // lists and far field; the omitted mass is estimated
     Status run_attend_tokens() const;
     Status run_attend_ranges() const;  // anchors and window alone
     Status run_omitted_mass() const;
@@ -72,7 +74,8 @@ class StageData {
     int64_t rows() const { return rows_; }
 
     Buffer query, key, value, summaries, block_indices, block_counts, estimate, threshold,
-        tie_index, lse_full, out, lse, omitted, merged_out, merged_lse, workspace;
+        tie_index, lse_full, out, lse, omitted, merged_out, merged_lse, workspace, key_means,
+        value_means, far_sums, far_means;
 
   private:
     Problem problem() const;
@@ -80,6 +83,9 @@ class StageData {
     ConstTensor4 keys_view(const Buffer& keys) const;
     BlockSelectParams select_params() const;
     AttentionParams attention_params() const;
+    AttentionParams lists_params() const;
+    Status run_summaries(Selector selector, const Buffer& rows, const Buffer& into) const;
+    FarPoolsParams far_pools_params() const;
 
     Shape shape_;
     Executor executor_;

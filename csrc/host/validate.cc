@@ -312,6 +312,13 @@ Status validate(const AttentionParams& p) {
     if (p.far_field.key.given()) {
         status = check_far_field(op, p);
         if (!status.ok()) return status;
+    } else if (p.omitted_mass_estimate != nullptr && n.key > 0) {
+        return make_status(
+            StatusCode::kInvalidArgument,
+            "%s: omitted_mass_estimate is given without far_field, expected both, as "
+            "the estimate is made of the far field's pools; fill in far_field, or "
+            "have the selection estimate.",
+            op);
     }
     int64_t keys = n.rows == 0 ? 0 : n.key;
     return check_pointers(op,

@@ -82,6 +82,11 @@ TEST(Validate, FarField) {
     without.far_field.key.data = nullptr;
     without.far_field.sums = nullptr;
     EXPECT_TRUE(validate(without).ok()) << "without key means there is no far field to check";
+    without.omitted_mass_estimate = &number;
+    EXPECT_EQ(message_of(without),
+              "attention: omitted_mass_estimate is given without far_field, expected both, as the "
+              "estimate is made of the far field's pools; fill in far_field, or have the selection "
+              "estimate.");
 }
 
 TEST(Validate, EmptyTensorsMayBeNull) {

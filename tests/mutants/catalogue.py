@@ -655,8 +655,8 @@ CUDA = (
     Mutant(
         "cuda_far_walked_block_not_subtracted",
         "device/far_rows.h",
-        "is_walked ? -count : count",
-        "is_walked ? 0 * count : count",
+        "channels.add(mean, walked.block, -count);",
+        "channels.add(mean, walked.block, 0);",
         FAR_SM80,
         "cuda",
     ),

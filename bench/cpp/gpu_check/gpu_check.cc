@@ -29,6 +29,7 @@ const Case kCases[] = {
     {"no_keys", {1, 2, 1, 3, 0, 64, 8, 0, 64, true}},
     {"no_window", {1, 3, 3, 129, 257, 40, 0, 2, 64, true}},
     {"more_blocks_than_a_shortlist", {1, 4, 1, 40, 5000, 64, 20, 3, 64, true}},
+    {"pools_of_two_blocks", {1, 8, 2, 40, 9000, 128, 100, 64, 640, true}},
 };
 
 constexpr float kTolerance = 0.06f;  // two 16-bit outputs of size 4; not the correctness test
@@ -87,6 +88,19 @@ void expect_same_attention(const StageData& gpu, const StageData& cpu, const std
            "the LSE differs from the CPU's");
 }
 
+// The far field over the lists that both have, with the estimate that it makes.
+void check_far_field(StageData* gpu, const StageData& cpu, const std::string& where) {
+    if (gpu->shape().kv_len == 0) return;  // no keys, no means of them
+    poison(gpu);
+    expect_ok(gpu->run_far_pools(), where + " far_pools");
+    expect_ok(gpu->run_attend_far(), where + " attention");
+    expect_ok(run_on_cpu(cpu, &StageData::run_far_pools), where + " far_pools (CPU)");
+    expect_ok(run_on_cpu(cpu, &StageData::run_attend_far), where + " attention (CPU)");
+    expect_same_attention(*gpu, cpu, where);
+    expect(largest_difference(DType::kFloat32, gpu->estimate, cpu.estimate) <= kTolerance, where,
+           "the estimate differs from the CPU's");
+}
+
 void check_rest(StageData* gpu, const std::string& where) {
     expect_ok(gpu->run_omitted_mass(), where + " omitted_mass");
     expect_ok(gpu->run_merge_states(), where + " merge_states");
@@ -113,6 +127,7 @@ void check_hostile(StageData* gpu, StageData* cpu, const std::string& where) {
     expect_ok(gpu->run_attend_lists(), where);
     expect_ok(run_on_cpu(*cpu, &StageData::run_attend_lists), where + " (CPU)");
     expect_same_attention(*gpu, *cpu, where);
+    check_far_field(gpu, *cpu, where + " far field");
     uint32_t word = 0;
     expect_ok(read_error_word(gpu->executor(), /*clear=*/true, &word), where + " read_error_word");
     expect(gpu->lists() == 0 || (word & kErrorBlockCount) != 0, where, "no count was flagged");
@@ -137,6 +152,7 @@ void check_lists(const Shape& shape, const Executor& cuda, const std::string& wh
     expect_ok(run_on_cpu(cpu, &StageData::run_attend_lists), where + " attention (CPU)");
     expect_same_attention(gpu, cpu, where);
     check_rest(&gpu, where);
+    check_far_field(&gpu, cpu, where + " far field");
     check_hostile(&gpu, &cpu, where + " hostile");
 }
 
