@@ -34,7 +34,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def milliseconds(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f}"
 
 
 def caption(document: Record, what: str) -> str:

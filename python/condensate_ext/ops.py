@@ -144,9 +144,12 @@ def attention_forward(
           than rounding.
         * ``omitted_mass_estimate``: ``[B, Hq, Lq]`` float32 in [0, 1], the share of the full
           softmax outside anchors, window and selected keys, whether it was left out or condensed.
-          Estimated from the block scores, at no cost, for the block selectors; exact up to rounding
-          for ``"exact"``; 0 where the budget reaches every key. :func:`omitted_mass` measures it
-          from the log-sum-exp of a call with ``far_field=False``.
+          With the far field and several queries estimated by the attention, row by row, from the
+          weight of the pools and what listed blocks tell of their shortfall; else, for the block
+          selectors, from the selection's scores of summaries, which is coarser and takes longer (a
+          single query's looks at keys). Exact up to rounding for ``"exact"``; 0 where the budget
+          reaches every key. :func:`omitted_mass` measures it from the log-sum-exp of a call with
+          ``far_field=False``.
 
     Raises: as for :func:`attention`.
     """
