@@ -44,10 +44,10 @@ def shapes(records: list[Record]) -> list[tuple[object, ...]]:
 
 
 def draw_times(axes: Axes, rows: list[Record]) -> None:
-    for series, label in SERIES.items():
+    for color, (series, label) in enumerate(SERIES.items()):
         points = [(r["n"], t) for r in rows if (t := value(r, series)) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+            axes.plot(*zip(*points, strict=True), marker="o", label=label, color=f"C{color}")
     axes.set(yscale="log", xlabel="tokens", ylabel="ms", title="time of one layer")
 
 
@@ -76,8 +76,8 @@ def draw(records: list[Record], path: Path) -> None:
             axes.grid(True, alpha=0.3)
             axes.legend(fontsize=8)
             axes.set_title(
-                f"{axes.get_title()}: {heads} heads, {kv_heads} KV heads, d {head_dim}, {dtype}, "
-                f"{budget} keys/query",
+                f"{axes.get_title()}\n{heads} heads, {kv_heads} KV heads, d {head_dim}, {dtype}, "
+                f"{budget:,} keys a query",
                 fontsize=9,
             )
     figure.savefig(path, dpi=130)
