@@ -205,8 +205,7 @@ class Consumer {
     }
 
     // Turns the scores of a step's blocks into weights, and keeps the sums of sampled ones. Every
-    // instantiation adds up block by block, so that with and without the estimate the output is the
-    // same to the bit.
+    // instantiation adds up block by block, in the same order.
     __device__ void weigh_blocks(Scores& scores, const Step& step,
                                  device::OnlineSoftmax<1>& softmax, BlockSums& sums) const {
         constexpr int kBlockTiles = kBlockKeys / 8, kBlocks = Traits::kStepBlocks;
