@@ -36,7 +36,11 @@ KNOWN_SPILLS = {
     # warps that run on the registers which the consumers leave, and spill outside their loops.
     ("sm_80", "attention_kernel", "Li128ELi2ELb0ELb1E"): 512,
     ("sm_90", "attention_kernel", "Li128ELi2ELb0ELb1E"): 448,
-    ("sm_80", "attention_kernel", "Li256ELi1ELb0ELb1E"): 32,
+    # These and `simt` also hold what the estimate of the omitted mass gathers.
+    ("sm_80", "attention_kernel", "Li256ELi1ELb0ELb1E"): 40,
+    ("sm_90", "attention_kernel", "Li256ELi1ELb0ELb1E"): 40,
+    ("sm_90", "attention_kernel", "Li64ELi2ELb0ELb1E"): 40,
+    ("sm_80", "attention_kernel", "Li128EEEv"): 12,
     ("sm_90a", "attention_kernel", "Li1ELb1E"): 960,
     ("sm_90a", "attention_kernel", "Li2ELb1E"): 960,
 }
