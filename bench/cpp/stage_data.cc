@@ -192,11 +192,7 @@ AttentionParams StageData::attention_params() const {
 
 Status StageData::run_summaries(Selector selector, const Buffer& rows, const Buffer& into) const {
     BlockSummaryParams p;
-    p.dtype = shape_.dtype;
-    p.batch = shape_.batch;
-    p.kv_heads = shape_.kv_heads;
-    p.kv_len = shape_.kv_len;
-    p.head_dim = shape_.head_dim;
+    set_key_sizes(problem(), &p);
     p.selector = selector;
     p.key = keys_view(rows);
     p.summaries = into.as<void>();
@@ -233,11 +229,7 @@ Status StageData::run_attend_lists() const { return attention(lists_params(), ex
 
 FarPoolsParams StageData::far_pools_params() const {
     FarPoolsParams p;
-    p.dtype = shape_.dtype;
-    p.batch = shape_.batch;
-    p.kv_heads = shape_.kv_heads;
-    p.kv_len = shape_.kv_len;
-    p.head_dim = shape_.head_dim;
+    set_key_sizes(problem(), &p);
     const int64_t head = num_blocks(shape_.kv_len) * shape_.head_dim;
     p.key = {key_means.as<void>(), head, shape_.head_dim};
     p.value = {value_means.as<void>(), head, shape_.head_dim};

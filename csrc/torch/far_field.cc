@@ -35,11 +35,7 @@ void FarFieldStages::run(void* memory, BlockMeans key_means, const Executor& exe
         return means_among(Selector::kMean, means, problem_);
     };
     FarPoolsParams pools;
-    pools.dtype = problem_.dtype;
-    pools.batch = problem_.batch;
-    pools.kv_heads = problem_.kv_heads;
-    pools.kv_len = problem_.kv_len;
-    pools.head_dim = problem_.head_dim;
+    set_key_sizes(problem_, &pools);
     pools.key = makes_key_means_ ? mean_rows(attention->key, base + key_means_) : key_means;
     pools.value = mean_rows(attention->value, base + value_means_);
     pools.sums = reinterpret_cast<float*>(base + sums_);

@@ -15,11 +15,7 @@ inline int64_t summary_elements(const Problem& p, Selector selector) {
 inline void make_summaries(const Problem& p, Selector selector, const ConstTensor4& rows,
                            void* summaries, const Executor& executor) {
     BlockSummaryParams params;
-    params.dtype = p.dtype;
-    params.batch = p.batch;
-    params.kv_heads = p.kv_heads;
-    params.kv_len = p.kv_len;
-    params.head_dim = p.head_dim;
+    set_key_sizes(p, &params);
     params.selector = selector;
     params.key = rows;
     params.summaries = summaries;

@@ -166,11 +166,7 @@ struct Call {
             problem.batch * problem.kv_heads * summary_rows(selector, problem.kv_len) * dim;
         summaries.assign(static_cast<size_t>(count * dtype_bytes(problem.dtype)), 0xff);
         BlockSummaryParams p;
-        p.dtype = problem.dtype;
-        p.batch = problem.batch;
-        p.kv_heads = problem.kv_heads;
-        p.kv_len = problem.kv_len;
-        p.head_dim = problem.head_dim;
+        set_key_sizes(problem, &p);
         p.selector = selector;
         p.key = key.view;
         p.summaries = summaries.data();
@@ -193,11 +189,7 @@ struct Call {
         pool_sums.assign(static_cast<size_t>(count * num_far_sums(problem.kv_len)), NAN);
         pool_means.assign(static_cast<size_t>(mean_bytes), 0xff);
         FarPoolsParams p;
-        p.dtype = problem.dtype;
-        p.batch = problem.batch;
-        p.kv_heads = problem.kv_heads;
-        p.kv_len = problem.kv_len;
-        p.head_dim = problem.head_dim;
+        set_key_sizes(problem, &p);
         p.key = means_of(key_means);
         p.value = means_of(value_means);
         p.sums = pool_sums.data();

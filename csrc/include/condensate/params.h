@@ -30,6 +30,16 @@ struct Problem {
     CONDENSATE_HOST_DEVICE Ranges ranges() const { return {kv_len, window, anchors, causal}; }
 };
 
+// The sizes of keys alone, for the parameters of a stage that has no queries.
+template <class Params>
+void set_key_sizes(const Problem& problem, Params* params) {
+    params->dtype = problem.dtype;
+    params->batch = problem.batch;
+    params->kv_heads = problem.kv_heads;
+    params->kv_len = problem.kv_len;
+    params->head_dim = problem.head_dim;
+}
+
 // key -> summaries: what selection needs to know about the keys, one pass over them.
 struct BlockSummaryParams {
     DType dtype = DType::kFloat32;
