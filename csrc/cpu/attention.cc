@@ -170,7 +170,7 @@ class TileAttention {
             ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
             count_keys(keys, panels);
             ops_.softmax(panels, s_.scores, s_.state);
-            for (int row = 0; row < s_.rows.count; ++row)
+            for (int row = 0; wants_estimate() && row < s_.rows.count; ++row)
                 s_.gap->kept[row] *= s_.state->rescale[row];
             accumulate(all_finite(s_.values, kTileKeys * s_.value_ld));
         }

@@ -1,5 +1,10 @@
-// Element access for the reference: one scalar product, one row, no layout tricks.
+// What the reference's stages share: one row, one scalar product, one log-sum-exp, no layout
+// tricks.
 #pragma once
+
+#include <cmath>
+#include <limits>
+#include <vector>
 
 #include "condensate/params.h"
 #include "host/number.h"
@@ -25,6 +30,18 @@ Acc dot(const A& a, const B& b, int64_t dim) {
     Acc sum = 0;
     for (int64_t d = 0; d < dim; ++d) sum += static_cast<Acc>(a[d]) * static_cast<Acc>(b[d]);
     return sum;
+}
+
+// log(sum of exp): -inf for no score, NaN with a NaN among them, +inf with a +inf.
+template <class Acc>
+Acc log_sum(const std::vector<Acc>& scores) {
+    Acc max = -std::numeric_limits<Acc>::infinity();
+    for (Acc score : scores)
+        if (score > max || score != score) max = score;
+    if (!std::isfinite(max)) return max;
+    Acc sum = 0;
+    for (Acc score : scores) sum += std::exp(score - max);
+    return max + std::log(sum);
 }
 
 }  // namespace condensate::reference

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "reference/access.h"
@@ -55,15 +56,13 @@ struct TileBlocks {
     std::vector<int64_t> sampled;  // for the estimate of the omitted mass
 };
 
-// log of the sum of exp(score) over the terms for which `counts`.
+// The scores of the terms for which `counts`.
 template <class Acc, class Counts>
-Acc log_sum(const std::vector<Term<Acc>>& terms, const Counts& counts) {
-    Acc max = kMinusInfinity<Acc>, sum = 0;
+std::vector<Acc> scores_of(const std::vector<Term<Acc>>& terms, const Counts& counts) {
+    std::vector<Acc> scores;
     for (const Term<Acc>& term : terms)
-        if (counts(term) && term.score > max) max = term.score;
-    for (const Term<Acc>& term : terms)
-        if (counts(term)) sum += std::exp(term.score - max);
-    return max + std::log(sum);
+        if (counts(term)) scores.push_back(term.score);
+    return scores;
 }
 
 // The mean over the tile's sampled blocks of how far their keys outweigh their mean score, in log.
@@ -71,13 +70,12 @@ template <class Acc>
 Acc jensen_gap(const std::vector<Term<Acc>>& terms, Acc max, const std::vector<int64_t>& sampled) {
     Acc sum = 0, blocks = 0;
     for (int64_t block : sampled) {
-        const Acc whole =
-            log_sum<Acc>(terms, [&](const Term<Acc>& term) { return term.block == block; });
+        const std::vector<Acc> scores =
+            scores_of(terms, [&](const Term<Acc>& term) { return term.block == block; });
+        const Acc whole = log_sum(scores);
         if (!(whole >= max + std::log(static_cast<Acc>(kGapLeastWeight)))) continue;
-        Acc scores = 0;
-        for (const Term<Acc>& term : terms)
-            if (term.block == block) scores += term.score;
-        sum += whole - std::log(static_cast<Acc>(kBlockKeys)) - scores / kBlockKeys;
+        const Acc mean = std::accumulate(scores.begin(), scores.end(), Acc{0}) / kBlockKeys;
+        sum += whole - std::log(static_cast<Acc>(kBlockKeys)) - mean;
         blocks += 1;
     }
     const Acc mean = sum / blocks;
@@ -87,11 +85,10 @@ Acc jensen_gap(const std::vector<Term<Acc>>& terms, Acc max, const std::vector<i
 // The share of the softmax that the pools' keys have, by the pools' weight and the gap.
 template <class Acc>
 Acc omitted_share(const std::vector<Term<Acc>>& terms, Acc max, const TileBlocks& blocks) {
-    if (blocks.pools.empty()) return 0;
-    const Acc pools = log_sum<Acc>(terms, [](const Term<Acc>& term) { return term.block < 0; });
-    const Acc kept = log_sum<Acc>(terms, [](const Term<Acc>& term) { return term.block >= 0; });
-    const Acc share = 1 / (1 + std::exp(kept - pools - jensen_gap(terms, max, blocks.sampled)));
-    return share >= 0 ? share : 0;  // NaN
+    if (blocks.pools.empty() || !std::isfinite(max)) return 0;
+    const Acc pools = log_sum(scores_of(terms, [](const Term<Acc>& t) { return t.block < 0; }));
+    const Acc kept = log_sum(scores_of(terms, [](const Term<Acc>& t) { return t.block >= 0; }));
+    return 1 / (1 + std::exp(kept - pools - jensen_gap(terms, max, blocks.sampled)));
 }
 
 template <class Acc>

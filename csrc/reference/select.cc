@@ -93,18 +93,6 @@ std::vector<Query> pooled_queries(const Tile& t, int64_t size) {
 
 // ---- Sums and masses, as logarithms ----
 
-// log(sum of exp): -inf for no score, NaN with a NaN among them, +inf with a +inf.
-template <class Acc>
-Acc log_sum(const std::vector<Acc>& scores) {
-    Acc max = -std::numeric_limits<Acc>::infinity();
-    for (Acc score : scores)
-        if (score > max || score != score) max = score;
-    if (!std::isfinite(max)) return max;
-    Acc sum = 0;
-    for (Acc score : scores) sum += std::exp(score - max);
-    return max + std::log(sum);
-}
-
 // Appends the query's scores of the units of a block that it sees.
 template <class Acc>
 void add_scores(const Tile& t, const Query& query, UnitLevel level, int64_t block,
