@@ -9,10 +9,10 @@ from torch import Tensor
 
 from condensate_ext.evaluate.policies import Policy, effective
 from condensate_ext.evaluate.runs import decode_logits, prefill
+from condensate_ext.evaluate.support import lists
 from condensate_ext.hf import replaced_attention
-from condensate_ext.ops import attention, block_summaries, select_blocks
+from condensate_ext.ops import attention
 
-_LIST_ARGUMENTS = ("window", "anchors", "topk", "topk_per_head", "top_p", "selector")
 _BLOCK = 64
 
 
@@ -27,15 +27,10 @@ def mean_keys(model: Any, ids: Tensor, policy: Policy, decode_tokens: int = 16) 
         policy: of a selector that lists blocks.
         decode_tokens: tokens whose lists are counted.
     """
-    chosen = {name: effective(policy, name) for name in _LIST_ARGUMENTS}
-    whole = effective(policy, "far_field") is not False
     blocks: list[Tensor] = []
 
     def counted(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
-        summaries = block_summaries(key, selector=chosen["selector"])
-        _, counts = select_blocks(
-            query, summaries, key, kv_len=key.shape[2], far_field=whole, scale=scale, **chosen
-        )
+        _, counts = lists(query, key, policy, scale=scale)
         blocks.append(counts.double().mean())
         return attention(query, key, value, scale=scale, **policy)
 
@@ -43,4 +38,4 @@ def mean_keys(model: Any, ids: Tensor, policy: Policy, decode_tokens: int = 16) 
     with replaced_attention(model, counted):
         decode_logits(model, cache, ids[:, -decode_tokens:])
     listed = _BLOCK * float(torch.stack(blocks).mean())
-    return float(chosen["anchors"] + chosen["window"]) + listed
+    return float(effective(policy, "anchors") + effective(policy, "window")) + listed

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from condensate_ext.audit import mean_interval
 from condensate_ext.diagnostics import last_plan
-from condensate_ext.evaluate.policies import Policy
+from condensate_ext.evaluate.policies import Policy, condenses
 from condensate_ext.evaluate.runs import Advance, silent
-from condensate_ext.evaluate.support import attended_lse, condenses
+from condensate_ext.evaluate.support import attended_lse
 from condensate_ext.hf import replaced_attention
 from condensate_ext.ops import attention_forward, omitted_mass
 

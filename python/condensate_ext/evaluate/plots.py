@@ -11,7 +11,7 @@ import torch
 from condensate_ext import support_plot
 from condensate_ext.captured import CapturedLayer
 from condensate_ext.evaluate.omission import Audit, capture_layer
-from condensate_ext.evaluate.policies import Policy, effective, keys_per_query, selector_name
+from condensate_ext.evaluate.policies import Policy, condenses, keys_per_query, selector_name
 from condensate_ext.evaluate.protocols import Record
 from condensate_ext.evaluate.report import variant_name
 from condensate_ext.evaluate.subject import Subject
@@ -102,6 +102,6 @@ def support(
     support_plot.draw(
         captured, path, head=head, window=policy["window"], anchors=policy["anchors"],
         topk=policy["topk"], selector=policy["selector"], top_p=policy.get("top_p"),
-        far_field=effective(policy, "far_field") is not False,
+        far_field=condenses(policy),
     )  # fmt: skip
     return None

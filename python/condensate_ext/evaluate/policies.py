@@ -60,6 +60,12 @@ def effective(chosen: Policy, argument: str) -> Any:
     return chosen.get(argument, inspect.signature(attention).parameters[argument].default)
 
 
+def condenses(chosen: Policy) -> bool:
+    """Does a call of the policy have a far field, where its budget leaves out anything?"""
+    far_field = effective(chosen, "far_field")
+    return effective(chosen, "selector") != "exact" if far_field is None else bool(far_field)
+
+
 def keys_per_query(chosen: Policy) -> int:
     """The budget in keys: anchors, window and selected ones."""
     return sum(int(effective(chosen, part)) for part in ("window", "anchors", "topk"))

@@ -1,4 +1,5 @@
-"""The log-sum-exp of what a call with far field attends: whole blocks, without its pools."""
+"""What a policy's call attends: its lists of blocks and, with far field, the log-sum-exp of the
+whole blocks without its pools."""
 
 from __future__ import annotations
 
@@ -6,17 +7,24 @@ import torch
 from torch import Tensor
 
 from condensate_ext._fake import BLOCK_KEYS, num_tiles, tile_positions
-from condensate_ext.evaluate.policies import Policy, effective
+from condensate_ext.evaluate.policies import Policy, condenses, effective
 from condensate_ext.ops import block_sparse_attention, block_summaries, select_blocks
 
 # The policy's arguments of the selection; those of the attention shape its ranges as well.
 _SELECTION = ("window", "anchors", "topk", "topk_per_head", "top_p", "selector")
 
 
-def condenses(policy: Policy) -> bool:
-    """Does a call of the policy have a far field, where its budget leaves out anything?"""
-    far_field = effective(policy, "far_field")
-    return effective(policy, "selector") != "exact" if far_field is None else bool(far_field)
+def lists(
+    query: Tensor, key: Tensor, policy: Policy, *, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """The lists that ``attention`` makes in a causal call of the policy, as ``select_blocks``
+    returns them; the policy's selector lists blocks."""
+    chosen = {name: effective(policy, name) for name in _SELECTION}
+    summaries = block_summaries(key, selector=chosen["selector"])
+    return select_blocks(
+        query, summaries, key, kv_len=key.shape[2], far_field=condenses(policy), scale=scale,
+        **chosen,
+    )  # fmt: skip
 
 
 def attended_lse(
@@ -28,17 +36,8 @@ def attended_lse(
     Each tile attends its listed blocks and all blocks with anchors or window keys of its rows, so
     lists of all these blocks alone give the same support.
     """
-    chosen = {name: effective(policy, name) for name in _SELECTION}
-    indices, _ = select_blocks(
-        query,
-        block_summaries(key, selector=chosen["selector"]),
-        key,
-        kv_len=key.shape[2],
-        far_field=True,
-        scale=scale,
-        **chosen,
-    )
-    beside = _range_blocks(query, key, chosen["window"], chosen["anchors"])
+    indices, _ = lists(query, key, policy, scale=scale)
+    beside = _range_blocks(query, key, effective(policy, "window"), effective(policy, "anchors"))
     _, lse = block_sparse_attention(
         query, key, value, *_joined(indices, beside), window=0, anchors=0, scale=scale
     )
