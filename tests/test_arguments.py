@@ -3,13 +3,11 @@ and the fix. Every message is asserted."""
 
 from __future__ import annotations
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
 from tests.testkit.cases import Case
-
-ops = torch.ops.condensate
 
 
 def _qkv(device: str, **changes: object):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
@@ -14,7 +14,6 @@ from tests.testkit.cases import Case
 from tests.testkit.checks import check_estimate, scored_lists
 from tests.testkit.definition import DTYPES
 
-ops = torch.ops.condensate
 SELECTORS = ("block", "quest", "mean")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import condensate_ext
+import condensate_ext as ops
 import pytest
 import torch
 from condensate_ext import ErrorWord
@@ -11,8 +12,6 @@ from tests.testkit import oracle
 from tests.testkit.cases import Case
 from tests.testkit.checks import check_case
 from tests.testkit.definition import DTYPES, listed_blocks, support_of_lists
-
-ops = torch.ops.condensate
 
 
 def _attend(case: Case, indices: torch.Tensor, counts: torch.Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from tests.testkit import oracle
 from tests.testkit.cases import Case
 from tests.testkit.definition import DTYPES
 
-ops = torch.ops.condensate
 SELECTORS = ("block", "quest", "mean", "exact")
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import condensate_ext
+import condensate_ext as ops
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from tests.testkit.cases import Case
 from tests.testkit.checks import check_estimate, far_estimate, scored_lists
 from tests.testkit.definition import DTYPES, tile_positions
 
-ops = torch.ops.condensate
 # Blocks of a list, and the places of those that are sampled.
 SAMPLES = {3: [0, 1, 2], 8: [*range(8)], 9: [0, 2, 4, 6, 8], 20: [0, 3, 6, 9, 12, 15, 18]}
 

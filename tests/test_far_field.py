@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import condensate_ext
+import condensate_ext as ops
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from tests.testkit.definition import (
     tile_positions,
 )
 
-ops = torch.ops.condensate
 BLOCK_SELECTORS = ("block", "quest", "mean")
 EDGES = [(63, 129), (64, 128), (65, 127), (127, 193), (129, 191), (64, 1), (300, 130), (1, 640)]
 # Blocks around which the pools change their size, also with a last pool that the tile cuts.

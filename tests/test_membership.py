@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
@@ -13,7 +13,6 @@ from tests.testkit import markers
 from tests.testkit.cases import Case
 from tests.testkit.definition import listed_blocks, support_of_lists, tile_positions
 
-ops = torch.ops.condensate
 WINDOWS, ANCHORS = (1, 64, 129), (0, 1, 64, 67, 130)
 
 

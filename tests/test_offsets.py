@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
@@ -10,7 +10,6 @@ from tests.testkit import oracle
 from tests.testkit.cases import Case
 from tests.testkit.definition import listed_blocks, support_of_lists
 
-ops = torch.ops.condensate
 FAR = 2**31 + 64  # elements, a multiple of 16 bytes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import condensate_ext
+import condensate_ext as ops
 import pytest
 import torch
 
@@ -10,7 +11,6 @@ from tests.testkit.cases import Case, from_seed
 from tests.testkit.checks import check_case
 from tests.testkit.definition import tile_positions
 
-ops = torch.ops.condensate
 PATHS = {"cpu": ("cpu", "cpu_reference"), "cuda": ("sm80", "simt", "sm90")}
 OTHER_DEVICE = {"cpu": "sm80", "cuda": "cpu"}
 WITH_SM90 = ("select_blocks", "attention")  # stages with kernels of their own

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
 from tests.testkit import oracle
 from tests.testkit.cases import Case
 from tests.testkit.definition import DTYPES, Ranges
-
-ops = torch.ops.condensate
 
 
 def _split_attention(case: Case, at: int):

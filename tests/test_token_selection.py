@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import condensate_ext  # noqa: F401
+import condensate_ext as ops
 import pytest
 import torch
 
@@ -10,8 +10,6 @@ from tests.testkit import oracle, selection
 from tests.testkit.cases import INTEGER_SCALE, Case
 from tests.testkit.checks import check_case
 from tests.testkit.definition import DTYPES, support_of_pairs
-
-ops = torch.ops.condensate
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,32 +10,36 @@ import sys
 import condensate_ext
 import pytest
 import torch
+from condensate_ext._selectors import SELECTORS
 from torch import Tensor
 
 from tests.testkit.cases import Case
 from tests.testkit.definition import DTYPES
 
 ops = torch.ops.condensate
-SELECTORS = ("block", "quest", "mean", "exact")
 OPS = (
     "attention", "attention_forward", "block_summaries", "select_blocks", "select_tokens",
     "block_sparse_attention", "omitted_mass", "merge_states",
 )  # fmt: skip
 
 
-def _arguments(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, object]]:
+def _selection_args(case: Case) -> dict[str, object]:
+    return {**case.selection_args, "selector": SELECTORS[case.selector]}
+
+
+def sound_call(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, object]]:
     """Positional and keyword arguments of a sound call of the op."""
     query, key, value = case.tensors()
     ranges = case.range_args
     lse = torch.zeros(query.shape[:3], device=query.device)
     match name:
         case "attention" | "attention_forward":
-            return (query, key, value), {**ranges, **case.selection_args}
+            return (query, key, value), {**ranges, **_selection_args(case)}
         case "block_summaries":
-            return (key,), {"selector": "quest"}
+            return (key,), {"selector": SELECTORS["quest"]}
         case "select_blocks":
             units = ops.block_summaries(key)
-            return (query, units, key), {**ranges, **case.selection_args, "kv_len": case.kv_len}
+            return (query, units, key), {**ranges, **_selection_args(case), "kv_len": case.kv_len}
         case "select_tokens":
             return (query, key), {**ranges, "topk": case.topk}
         case "block_sparse_attention":
@@ -46,7 +50,7 @@ def _arguments(name: str, case: Case) -> tuple[tuple[Tensor, ...], dict[str, obj
     return (query.contiguous(), lse, query.flip(0).contiguous(), lse), {}
 
 
-def _case(device: str, **changes: object) -> Case:
+def small_case(device: str, **changes: object) -> Case:
     sizes = {
         "batch": 2, "kv_heads": 2, "group": 2, "query_len": 70, "kv_len": 400, "topk": 128,
         "topk_per_head": (64, 128), "top_p": 0.9,
@@ -67,22 +71,25 @@ def test_every_op_is_listed_here():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(device, name, dtype):
-    arguments, keywords = _arguments(name, _case(device, dtype=dtype))
+    arguments, keywords = sound_call(name, small_case(device, dtype=dtype))
     results = torch.library.opcheck(getattr(ops, name).default, arguments, keywords)
     assert set(results.values()) == {"SUCCESS"} and len(results) == 4
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
 def test_opcheck_selectors(device, selector):
-    arguments, _ = _arguments("attention_forward", _case(device))
-    keywords = {"topk": 128, "selector": selector, "window": 16, "anchors": 4}
+    arguments, _ = sound_call("attention_forward", small_case(device))
+    keywords = {"topk": 128, "selector": SELECTORS[selector], "window": 16, "anchors": 4}
     torch.library.opcheck(ops.attention_forward.default, arguments, keywords)
 
 
 def test_python_functions_are_the_ops(device):
     for name in OPS:
-        arguments, keywords = _arguments(name, _case(device))
+        arguments, keywords = sound_call(name, small_case(device))
         expected = getattr(ops, name)(*arguments, **keywords)
+        if "selector" in keywords:  # a name there
+            names = {number: selector for selector, number in SELECTORS.items()}
+            keywords["selector"] = names[keywords["selector"]]
         actual = getattr(condensate_ext, name)(*arguments, **keywords)
         pairs = (
             zip(expected, actual, strict=True)
@@ -94,7 +101,7 @@ def test_python_functions_are_the_ops(device):
 
 @pytest.mark.parametrize("name", OPS)
 def test_fake_kernels_keep_shapes_dtypes_and_strides(device, name):
-    arguments, keywords = _arguments(name, _case(device, layouts=("transposed",) * 3))
+    arguments, keywords = sound_call(name, small_case(device, layouts=("transposed",) * 3))
     real = getattr(ops, name)(*arguments, **keywords)
     fake_mode = torch._subclasses.FakeTensorMode()
     with fake_mode:
@@ -130,7 +137,7 @@ def test_compile_fullgraph(device, dynamic):
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     for query_len, kv_len in ((70, 600), (100, 450), (129, 700)):  # 1 tile would be a constant
-        case = _case(device, query_len=query_len, kv_len=kv_len, dtype=torch.float16)
+        case = small_case(device, query_len=query_len, kv_len=kv_len, dtype=torch.float16)
         tensors = case.tensors()
         for eager, fast in zip(_pipeline(*tensors, 128), compiled(*tensors, 128), strict=True):
             assert torch.equal(eager, fast)
@@ -140,7 +147,7 @@ def test_compile_fullgraph(device, dynamic):
 @pytest.mark.gpu
 def test_compile_with_inductor():
     torch._dynamo.reset()
-    tensors = _case("cuda", dtype=torch.bfloat16).tensors()
+    tensors = small_case("cuda", dtype=torch.bfloat16).tensors()
     compiled = torch.compile(_pipeline, fullgraph=True)
     for eager, fast in zip(_pipeline(*tensors, 128), compiled(*tensors, 128), strict=True):
         torch.testing.assert_close(eager, fast)
@@ -150,7 +157,7 @@ def test_compile_with_inductor():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_graph_replay_with_changed_inputs(dtype):
     """Captured once, replayed on other contents: nothing of the first call may be remembered."""
-    tensors = _case("cuda", dtype=dtype).tensors()
+    tensors = small_case("cuda", dtype=dtype).tensors()
     _pipeline(*tensors, 128)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -158,7 +165,7 @@ def test_cuda_graph_replay_with_changed_inputs(dtype):
         captured = _pipeline(*tensors, 128)
     for seed in (1, 2):
         for static, fresh in zip(
-            tensors, _case("cuda", dtype=dtype, seed=seed).tensors(), strict=True
+            tensors, small_case("cuda", dtype=dtype, seed=seed).tensors(), strict=True
         ):
             static.copy_(fresh)
         graph.replay()
@@ -169,7 +176,7 @@ def test_cuda_graph_replay_with_changed_inputs(dtype):
 
 @pytest.mark.gpu
 def test_side_streams():
-    tensors = _case("cuda", dtype=torch.float16, query_len=400, kv_len=4000).tensors()
+    tensors = small_case("cuda", dtype=torch.float16, query_len=400, kv_len=4000).tensors()
     expected = _pipeline(*tensors, 128)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -183,7 +190,7 @@ def test_side_streams():
 
 @pytest.mark.parametrize("name", OPS)
 def test_requires_grad_raises(device, name):
-    arguments, keywords = _arguments(name, _case(device))
+    arguments, keywords = sound_call(name, small_case(device))
     for index, argument in enumerate(arguments):
         if not argument.is_floating_point():
             continue
@@ -197,7 +204,7 @@ def test_requires_grad_raises(device, name):
 
 def test_keys_by_name_are_inputs_like_others(device):
     """The keys of select_blocks may be left out, so they may be named."""
-    (query, units, key), keywords = _arguments("select_blocks", _case(device, query_len=1))
+    (query, units, key), keywords = sound_call("select_blocks", small_case(device, query_len=1))
     with pytest.raises(RuntimeError, match="select_blocks is forward-only"):
         ops.select_blocks(query, units, key=key.detach().clone().requires_grad_(), **keywords)
     expected = ops.select_blocks(query.half(), units.half(), key.half(), **keywords)
@@ -206,7 +213,7 @@ def test_keys_by_name_are_inputs_like_others(device):
 
 
 def test_autocast_casts_to_its_dtype(device):
-    query, key, value = _case(device, dtype=torch.float32).tensors()
+    query, key, value = small_case(device, dtype=torch.float32).tensors()
     with torch.autocast(device, dtype=torch.bfloat16):
         out, lse, _ = ops.attention_forward(query, key, value, topk=128)
     expected = ops.attention_forward(*(t.bfloat16() for t in (query, key, value)), topk=128)
@@ -217,7 +224,7 @@ def test_autocast_casts_to_its_dtype(device):
 
 
 def _run_in_child(queue: multiprocessing.Queue) -> None:
-    out = condensate_ext.attention(*_case("cpu").tensors(), topk=128)
+    out = condensate_ext.attention(*small_case("cpu").tensors(), topk=128)
     queue.put(out.sum().item())
 
 
@@ -225,7 +232,7 @@ def _run_in_child(queue: multiprocessing.Queue) -> None:
 def test_ops_run_in_a_forked_child():
     """Data loaders fork: the threads of the parent are gone there, the op has to work anyway."""
     torch.set_num_threads(1)  # torch's own OpenMP pool does not outlive a fork
-    expected = condensate_ext.attention(*_case("cpu").tensors(), topk=128).sum().item()
+    expected = condensate_ext.attention(*small_case("cpu").tensors(), topk=128).sum().item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_run_in_child, args=(queue,))

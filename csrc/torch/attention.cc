@@ -168,8 +168,8 @@ void attend(Call& call, const Details& details) {
 
 Call policy_call(const char* op, const Tensor& query, const Tensor& key, const Tensor& value,
                  const Mask& mask, const Budget& budget, const std::optional<bool>& far_field,
-                 const std::string& selector_name) {
-    const Selector selector = parse_selector(op, selector_name);
+                 int64_t selector_number) {
+    const Selector selector = parse_selector(op, selector_number);
     const bool condenses = resolve_far_field(op, far_field, selector);
     check_budget(op, budget, selector);
     return checked_call(op, query, key, value, mask, selector, budget, condenses);
@@ -179,7 +179,7 @@ Call policy_call(const char* op, const Tensor& query, const Tensor& key, const T
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t window,
                  int64_t anchors, int64_t topk, std::optional<Tensor> topk_per_head,
-                 std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
+                 std::optional<double> top_p, std::optional<bool> far_field, int64_t selector,
                  bool causal, std::optional<double> scale) {
     Call call = policy_call("attention", query, key, value, {window, anchors, causal, scale},
                             {topk, topk_per_head, top_p}, far_field, selector);
@@ -191,7 +191,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
     int64_t topk, std::optional<Tensor> topk_per_head, std::optional<double> top_p,
-    std::optional<bool> far_field, std::string selector, bool causal, std::optional<double> scale) {
+    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale) {
     Call call =
         policy_call("attention_forward", query, key, value, {window, anchors, causal, scale},
                     {topk, topk_per_head, top_p}, far_field, selector);

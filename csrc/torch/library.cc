@@ -1,6 +1,7 @@
 // Registration: the schemas, and one function per operator for CPU and CUDA tensors alike; the
 // tensors' device decides where the core runs. Sizes are SymInt so that compiled graphs keep them
-// symbolic. Fake kernels, autograd and autocast rules are in python/condensate_ext.
+// symbolic. Fake kernels, autograd and autocast rules are in python/condensate_ext. Selectors are
+// numbers (enum Selector), since the stable ABI leaks the string of every `str` argument.
 #include <torch/csrc/stable/library.h>
 
 #include "torch/ops.h"
@@ -9,18 +10,18 @@ STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "attention(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
         "SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, float? top_p=None, "
-        "bool? far_field=None, str selector=\"block\", bool causal=True, float? scale=None) -> "
+        "bool? far_field=None, int selector=0, bool causal=True, float? scale=None) -> "
         "Tensor");
     m.def(
         "attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
         "SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, float? top_p=None, "
-        "bool? far_field=None, str selector=\"block\", bool causal=True, float? scale=None) "
+        "bool? far_field=None, int selector=0, bool causal=True, float? scale=None) "
         "-> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
-    m.def("block_summaries(Tensor key, *, str selector=\"block\") -> Tensor");
+    m.def("block_summaries(Tensor key, *, int selector=0) -> Tensor");
     m.def(
         "select_blocks(Tensor query, Tensor summaries, Tensor? key=None, *, SymInt kv_len, "
         "SymInt window=256, SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, "
-        "float? top_p=None, bool far_field=False, str selector=\"block\", bool causal=True, float? "
+        "float? top_p=None, bool far_field=False, int selector=0, bool causal=True, float? "
         "scale=None) "
         "-> (Tensor block_indices, Tensor block_counts)");
     m.def(

@@ -14,13 +14,13 @@ using torch::stable::Tensor;
 
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, int64_t window,
                  int64_t anchors, int64_t topk, std::optional<Tensor> topk_per_head,
-                 std::optional<double> top_p, std::optional<bool> far_field, std::string selector,
+                 std::optional<double> top_p, std::optional<bool> far_field, int64_t selector,
                  bool causal, std::optional<double> scale);
 
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
     int64_t topk, std::optional<Tensor> topk_per_head, std::optional<double> top_p,
-    std::optional<bool> far_field, std::string selector, bool causal, std::optional<double> scale);
+    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale);
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& block_indices,
@@ -28,14 +28,14 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
                                                   int64_t anchors, bool far_field, bool causal,
                                                   std::optional<double> scale);
 
-Tensor block_summaries(const Tensor& key, std::string selector);
+Tensor block_summaries(const Tensor& key, int64_t selector);
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summaries,
                                          std::optional<Tensor> key, int64_t kv_len, int64_t window,
                                          int64_t anchors, int64_t topk,
                                          std::optional<Tensor> topk_per_head,
                                          std::optional<double> top_p, bool far_field,
-                                         std::string selector, bool causal,
+                                         int64_t selector, bool causal,
                                          std::optional<double> scale);
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& query, const Tensor& key, int64_t window,

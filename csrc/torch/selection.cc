@@ -42,7 +42,7 @@ ConstTensor4 view_key(const Argument& key, const Argument& query, const Problem&
 
 }  // namespace
 
-Tensor block_summaries(const Tensor& key, std::string selector) {
+Tensor block_summaries(const Tensor& key, int64_t selector) {
     const char* op = "block_summaries";
     const Argument key_argument{op, "key", key};
     BlockSummaryParams params;
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
                                          int64_t anchors, int64_t topk,
                                          std::optional<Tensor> topk_per_head,
                                          std::optional<double> top_p, bool far_field,
-                                         std::string selector, bool causal,
+                                         int64_t selector, bool causal,
                                          std::optional<double> scale) {
     const char* op = "select_blocks";
     const Argument query_argument{op, "query", query}, summary_argument{op, "summaries", summaries};

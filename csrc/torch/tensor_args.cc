@@ -123,14 +123,11 @@ void check_contiguous(const Argument& a, ScalarType type, const Argument& refere
                        a.name + ".contiguous() first.");
 }
 
-Selector parse_selector(const char* op, const std::string& name) {
-    if (name == "block") return Selector::kBlock;
-    if (name == "quest") return Selector::kQuest;
-    if (name == "mean") return Selector::kMean;
-    if (name == "exact") return Selector::kExact;
-    fail(op,
-         "selector is \"" + name +
-             "\", expected \"block\", \"quest\", \"mean\" or \"exact\"; \"block\" is the default.");
+Selector parse_selector(const char* op, int64_t number) {
+    if (number >= 0 && number <= static_cast<int64_t>(Selector::kExact))
+        return static_cast<Selector>(number);
+    fail(op, "selector is " + std::to_string(number) +
+                 ", expected 0 (block), 1 (quest), 2 (mean) or 3 (exact); 0 is the default.");
 }
 
 float resolve_scale(const std::optional<double>& scale, int64_t head_dim) {

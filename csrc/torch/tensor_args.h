@@ -37,7 +37,7 @@ void check_same_type_and_device(const Argument& argument, const Argument& refere
 void check_contiguous(const Argument& argument, ScalarType type, const Argument& reference,
                       std::initializer_list<int64_t> sizes);
 
-Selector parse_selector(const char* op, const std::string& name);
+Selector parse_selector(const char* op, int64_t number);
 // `scale` or 1/sqrt(head_dim).
 float resolve_scale(const std::optional<double>& scale, int64_t head_dim);
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condensate_ext._selectors import SELECTORS
+
 BLOCK_KEYS = 64
 TILE_ROWS = 128
 MAX_TILE_POSITIONS = 64
 ROWS_PER_BLOCK = {"block": 8 + 1, "quest": 4, "mean": 1}  # of the summaries
+_NAMES = {number: name for name, number in SELECTORS.items()}
 
 
 def tile_positions(group: int) -> int:
@@ -65,9 +68,9 @@ def _attention_forward(
     return _out(query), _rows(query), _rows(query)
 
 
-def _block_summaries(key: Tensor, *, selector: str = "block") -> Tensor:
+def _block_summaries(key: Tensor, *, selector: int = 0) -> Tensor:
     batch, heads, kv_len, head_dim = key.shape
-    return key.new_empty((batch, heads, *summary_shape(kv_len, head_dim, selector)))
+    return key.new_empty((batch, heads, *summary_shape(kv_len, head_dim, _NAMES[selector])))
 
 
 def _select_blocks(

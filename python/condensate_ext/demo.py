@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condensate_ext import captured
+from condensate_ext._selectors import SELECTORS
 from condensate_ext.captured import CapturedLayer
-from condensate_ext.evaluate.policies import ANCHORS, SELECTORS, WINDOW, policy
+from condensate_ext.evaluate.policies import ANCHORS, WINDOW, policy
 from condensate_ext.ops import (
     attention,
     attention_forward,

@@ -28,15 +28,11 @@ Shared by all functions:
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from condensate_ext._loader import require
-
-BlockSelector = Literal["block", "quest", "mean"]
-Selector = Literal["block", "quest", "mean", "exact"]
+from condensate_ext._selectors import BlockSelector, Selector, selector_number
 
 
 def attention(
@@ -107,7 +103,7 @@ def attention(
         topk_per_head=topk_per_head,
         top_p=top_p,
         far_field=far_field,
-        selector=selector,
+        selector=selector_number("attention", selector),
         causal=causal,
         scale=scale,
     )
@@ -164,7 +160,7 @@ def attention_forward(
         topk_per_head=topk_per_head,
         top_p=top_p,
         far_field=far_field,
-        selector=selector,
+        selector=selector_number("attention_forward", selector),
         causal=causal,
         scale=scale,
     )
@@ -189,7 +185,9 @@ def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor
         RuntimeError: ``key`` requires grad, or this build or device cannot run the call.
     """
     require()
-    summaries: Tensor = torch.ops.condensate.block_summaries(key, selector=selector)
+    summaries: Tensor = torch.ops.condensate.block_summaries(
+        key, selector=selector_number("block_summaries", selector)
+    )
     return summaries
 
 
@@ -256,7 +254,7 @@ def select_blocks(
         topk_per_head=topk_per_head,
         top_p=top_p,
         far_field=far_field,
-        selector=selector,
+        selector=selector_number("select_blocks", selector),
         causal=causal,
         scale=scale,
     )

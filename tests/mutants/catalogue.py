@@ -574,7 +574,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_shortlist_not_cut_to_the_tile",
-        "kernels/block_select/eligible.h",
+        "kernels/block_select/common/eligible.h",
         "entry < eligible.low_end",
         "entry < eligible.end",
         SHARED_SCANS,
@@ -582,7 +582,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_windows_listed_for_a_far_field",
-        "kernels/block_select/eligible.h",
+        "kernels/block_select/common/eligible.h",
         "low = min_i64(low, window.begin);",
         "low = min_i64(low, window.begin + 1);",
         WHOLE,
@@ -590,7 +590,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_units_not_raised_to_their_keys",
-        "kernels/block_select/estimate.h",
+        "kernels/block_select/common/estimate.h",
         "raised = unit_keys + (left_blocks > 0 && fabsf(gap) < INFINITY ? gap : 0.0f);",
         "raised = unit_keys;",
         KEYS,
@@ -598,7 +598,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_block_ties_to_the_higher_index",
-        "kernels/block_select/top_blocks.h",
+        "kernels/block_select/common/top_blocks.h",
         "__popc(equal & below) < ties",
         "__popc(equal & ~below) <= ties",
         TIES,
@@ -670,7 +670,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_far_pool_misses_a_block",
-        "kernels/far_field/far_pools.cu",
+        "kernels/far_pools/common/far_pools.cu",
         "min_i64(end - first, kFarSumBlocks)",
         "min_i64(end - first - 1, kFarSumBlocks)",
         FAR_SM80,
@@ -678,7 +678,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_far_pool_counts_as_one_key",
-        "kernels/simt/attention.cu",
+        "kernels/attention/simt/attention.cu",
         "score[r] + logf(static_cast<float>(keys))",
         "score[r] + 0.0f * logf(static_cast<float>(keys))",
         FAR_SIMT,
@@ -750,7 +750,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_simt_attended_sum_not_rescaled",
-        "kernels/simt/attention.cu",
+        "kernels/attention/simt/attention.cu",
         "            kept *= rescale;\n",
         "",
         GAP_SHARE,
@@ -758,7 +758,7 @@ CUDA = (
     ),
     Mutant(
         "cuda_simt_gap_without_its_maximum",
-        "kernels/simt/attention.cu",
+        "kernels/attention/simt/attention.cu",
         "gap += (logf(weight) + largest) / 32",
         "gap += logf(weight) / 32",
         GAP_SAMPLES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import condensate_ext  # noqa: F401  (registers the ops)
+import condensate_ext as ops
 import torch
 from torch import Tensor
 
@@ -19,8 +19,6 @@ from tests.testkit.definition import (
     tile_positions,
 )
 from tests.testkit.poison import poisoned_outputs, recycle_nan_memory
-
-ops = torch.ops.condensate
 
 
 @dataclass

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from condensate_ext._selectors import SELECTORS
 from condensate_ext.evaluate import omission, options, protocols, report
 from condensate_ext.evaluate.omission import Audit
 from condensate_ext.evaluate.policies import (
     ANCHORS,
-    SELECTORS,
     WINDOW,
     Policy,
     keys_per_query,

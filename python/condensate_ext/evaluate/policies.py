@@ -12,7 +12,6 @@ CONTROL: Final = "control"  # dense attention by another kernel than the baselin
 Variant = Policy | Literal["control"] | None  # None: the baseline, dense through torch's SDPA
 
 WINDOW, ANCHORS = 256, 64
-SELECTORS = ("block", "quest", "mean", "exact")
 _BLOCK = 64
 
 

@@ -1,6 +1,6 @@
 // Selection by wgmma and the copy engine, for selector "block": makes the tensor maps, chooses the
 // instantiations by element type and padded dimension.
-#include "kernels/block_select/stages.h"
+#include "kernels/block_select/common/stages.h"
 #include "kernels/tensor_map.h"
 
 namespace condensate::kernels {
