@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from condensate_ext.captured import HEAD, CapturedLayer
-from condensate_ext.ops import BlockSelector, block_summaries, select_blocks
+from condensate_ext._selectors import BlockSelector
+from condensate_ext.ops import block_summaries, select_blocks
 
 _BLOCK = 64
 _FLOOR = 1e-3  # mass below it is drawn as nothing
