@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condensate_ext.captured import HEAD, CapturedLayer
 from condensate_ext._selectors import BlockSelector
+from condensate_ext.captured import HEAD, CapturedLayer
 from condensate_ext.ops import block_summaries, select_blocks
 
 _BLOCK = 64
