@@ -5,7 +5,12 @@
 
 namespace condensate {
 
-enum class DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
+enum class DType : int32_t {
+    kFloat16 = 0,
+    kBFloat16 = 1,
+    kFloat32 = 2,
+    kFloat8E4M3 = 3,  // of key/value caches alone
+};
 
 // How the keys outside anchors and window are chosen.
 enum class Selector : int32_t {
@@ -33,9 +38,12 @@ struct Status {
 // Bits of the sticky error word that kernels set when tensor *contents* are invalid.
 // The offending entry is skipped; nothing is read or written out of bounds.
 enum ErrorBit : uint32_t {
-    kErrorBlockIndex = 1u << 0,  // a listed block is negative, out of range or not ascending
-    kErrorBlockCount = 1u << 1,  // a block count is negative or exceeds the list's width
-    kErrorRowIndex = 1u << 2,    // a sampled query row is out of range
+    kErrorBlockIndex = 1u << 0,   // a listed block is negative, out of range or not ascending
+    kErrorBlockCount = 1u << 1,   // a block count is negative or exceeds the list's width
+    kErrorRowIndex = 1u << 2,     // a sampled query row is out of range
+    kErrorCacheLength = 1u << 3,  // a sequence's length is negative or exceeds its pages
+    kErrorBlockTable = 1u << 4,   // a page that a sequence needs is negative or out of range
+    kErrorTokenIndex = 1u << 5,   // a listed token is negative, out of range or not ascending
 };
 
 // A [batch, heads, seq, head_dim] tensor. Strides are in elements; head_dim is contiguous.
