@@ -19,8 +19,8 @@ constexpr int kFarTile = 64;     // far-field entries whose weights are in share
 
 // One selection of the largest among items of all CTAs.
 struct SelectExchange {
-    uint32_t bins[kRankBins];
-    unsigned long long bin_mass[kRankBins];  // fixed point; used with top_p
+    uint32_t bins[2][kRankBins];                // of all ranks, and of one bin of them
+    unsigned long long bin_mass[2][kRankBins];  // fixed point; used with top_p
     uint32_t tie_count;
     uint32_t larger[kGroupCtas];  // items of each CTA in bins above the last one
     uint32_t bisect_count[kBisections];
@@ -28,10 +28,12 @@ struct SelectExchange {
     unsigned long long ties[kMaxTies];  // order keys; not cleared
 };
 
-// Largest term and sum of 2^(term - largest), per head.
-struct MaxSum {
-    float max;
+// Of one head's scores, log2: the largest, the sum of 2^(score - largest), and the largest of those
+// that can be selected.
+struct ScoreSums {
+    float largest;
     float sum;
+    float selectable;
 };
 
 // Sums of one head, of weights against the row's reference.
@@ -44,8 +46,8 @@ struct RowSums {
 struct Exchange {
     SelectExchange units;
     SelectExchange tokens;
-    MaxSum scan[kGroupCtas][kMaxDecodeGroup];  // of unit scores
-    MaxSum keys[kGroupCtas][kMaxDecodeGroup];  // of key scores
+    ScoreSums scan[kGroupCtas][kMaxDecodeGroup];  // of unit scores
+    ScoreSums keys[kGroupCtas][kMaxDecodeGroup];  // of key scores
     RowSums rows[kGroupCtas][kMaxDecodeGroup];
     // then: float partial[kGroupCtas][G][D]; int32 shortlist[units]; unit scores that did not fit
 };
@@ -93,12 +95,13 @@ struct Smem {
         };
         unsigned long long ties[kMaxTies];
     };
-    MaxSum warp_sums[kWarps][kMaxDecodeGroup];
+    ScoreSums thread_sums[kThreads];
     RowSums warp_rows[kWarps][kHeadsAtOnce];
     float query_factor[kMaxDecodeGroup];  // of the 8-bit query, with the score's scale
     float center_score[kMaxDecodeGroup];
     float normaliser[kMaxDecodeGroup];  // log2 of the sum that ranks are taken against
     float reference[kMaxDecodeGroup];   // log2 that weights are taken against
+    float candidate_max[kMaxDecodeGroup];
     uint32_t warp_counts[kWarps];
     unsigned long long warp_masses[kWarps];
     unsigned long long threshold;

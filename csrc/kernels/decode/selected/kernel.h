@@ -165,21 +165,25 @@ struct GivenTokens {
     }
 };
 
-// One term of the far field: keys that are not attended, by the mean of their scores. Their mass is
-// larger than its weight, by Jensen's inequality; the estimate of what is omitted wants the mass.
+// Keys of a unit that are not attended weigh by the mean of their scores. Their mass is larger, by
+// Jensen's inequality; the estimate of what is omitted wants the mass.
 struct FarTerm {
     float keys, sum, mass;
 
-    __device__ void add(float score, int32_t count, float reference) {
-        if (count <= 0 || score == -INFINITY) return;
-        keys += static_cast<float>(count);
-        sum += static_cast<float>(count) * score;
-        mass += static_cast<float>(count) * ptx::exp2_approx(score - reference);
+    __device__ void add(float score, float reference) {
+        if (score == -INFINITY) return;
+        keys += 1.0f;
+        sum += score;
+        mass += ptx::exp2_approx(score - reference);
     }
     __device__ float weight(float reference) const {
         return keys > 0.0f ? keys * ptx::exp2_approx(sum / keys - reference) : 0.0f;
     }
 };
+// A unit that was not looked into has the mean of its scores alone.
+__device__ __forceinline__ float unit_weight(float score, int32_t keys, float reference) {
+    return keys > 0 ? static_cast<float>(keys) * ptx::exp2_approx(score - reference) : 0.0f;
+}
 
 // Tells the group this CTA's sums of heads [head, head + 4); a thread has those of its own head.
 __device__ inline void tell_sums(Smem& smem, Exchange& exchange, RowSums sums, int rank, int head,
@@ -246,24 +250,27 @@ __device__ __noinline__ void attend(const SmemArrays& smem,
                 ptx::exp2_approx(smem.key_scores[smem.listed[i] * group + head + h] - reference);
         for (int first = 0; first < entries; first += kFarTile) {
             const int e = static_cast<int>(threadIdx.x) / kHeadsAtOnce, entry = first + e;
-            FarTerm term = {};
+            float weight = 0.0f;
             int32_t token = -1;
             if (entry < pools) {
                 const int begin = entry * units_per_pool;
                 token = (item.first_unit + begin) * kUnitKeys;
                 for (int u = begin; u < min(begin + units_per_pool, units) && exists; ++u)
-                    term.add(smem.unit_scores[u * group + head + h],
-                             item.candidates_of_unit(item.first_unit + u), reference);
+                    weight += unit_weight(smem.unit_scores[u * group + head + h],
+                                          item.candidates_of_unit(item.first_unit + u), reference);
+                sums.omitted += weight;
             } else if (entry < entries && runs.is_listed((entry - pools) * kUnitKeys)) {
+                FarTerm term = {};
                 for (int i = (entry - pools) * kUnitKeys, end = i + kUnitKeys; i < end; ++i) {
                     if (smem.slot_key[i] > -2) continue;
                     token = -2 - smem.slot_key[i];
-                    if (exists) term.add(smem.key_scores[i * group + head + h], 1, reference);
+                    if (exists) term.add(smem.key_scores[i * group + head + h], reference);
                 }
+                weight = term.weight(reference);
+                sums.omitted += term.mass;
             }
-            sums.omitted += term.mass;
-            sums.condensed += term.weight(reference);
-            fixed.far_weight[e][h] = term.weight(reference);
+            sums.condensed += weight;
+            fixed.far_weight[e][h] = weight;
             if (h == 0) fixed.far_token[e] = token;
             __syncthreads();
             if (params.far_field)
@@ -321,18 +328,26 @@ __device__ void combine(Smem& smem, const DecodeParams& params, const Item& item
 
 // Sets what ranks are taken against, and weights: per head, from the sums that the group told.
 __device__ inline void set_normalisers(Smem& smem,
-                                       const MaxSum (&told)[kGroupCtas][kMaxDecodeGroup], int group,
-                                       float log2_of_each, const float* sinks) {
+                                       const ScoreSums (&told)[kGroupCtas][kMaxDecodeGroup],
+                                       int group, float log2_of_each, const float* sinks) {
     const int head = static_cast<int>(threadIdx.x);
     if (head < group) {
-        const MaxSum total = total_of(told, head);
+        const ScoreSums total = total_of(told, head);
         smem.normaliser[head] =
-            total.sum > 0.0f ? total.max + log2f(total.sum) + log2_of_each : 0.0f;
-        float reference = fmaxf(smem.reference[head], total.max);
+            total.sum > 0.0f ? total.largest + log2f(total.sum) + log2_of_each : 0.0f;
+        smem.candidate_max[head] = total.selectable;
+        float reference = fmaxf(smem.reference[head], total.largest);
         if (sinks) reference = fmaxf(reference, sinks[head] * device::kLog2E);
         smem.reference[head] = reference;
     }
     __syncthreads();
+}
+
+// No rank is above it: candidates' largest scores against what ranks are taken against.
+__device__ __forceinline__ float top_rank(const Smem& smem, int group) {
+    float top = -INFINITY;
+    for (int h = 0; h < group; ++h) top = fmaxf(top, smem.candidate_max[h] - smem.normaliser[h]);
+    return fminf(top, 0.0f);
 }
 
 __device__ inline void clear(Exchange& exchange, int rank) {
@@ -370,13 +385,17 @@ __device__ int32_t make_shortlist(Group& group, const SmemArrays& smem,
                                   const DecodeParams& params, const Item& item, Exchange& exchange,
                                   int32_t* shortlist, int rank, uint32_t* error_word) {
     const int heads = params.group(), units = item.end_unit - item.first_unit;
-    scan_units<Config::kDim, Config::kHeadTiles>(smem, cache, params, exchange, rank,
-                                                 item.first_unit, item.end_unit, error_word);
+    scan_units<Config::kDim, Config::kHeadTiles>(smem, cache, params, item.first_unit,
+                                                 item.end_unit, error_word);
+    tell_sums(*smem.fixed, smem.unit_scores, units, heads, exchange.scan[rank], [&](int i) {
+        const int32_t unit = item.first_unit + i;
+        return unit >= item.span.first_unit() && unit < item.span.end_unit();
+    });
     group.sync();
     set_normalisers(*smem.fixed, exchange.scan, heads, 3.0f, nullptr);  // 8 keys a unit
     const Selection selection = select_largest(
         group, *smem.fixed, exchange.units, units, static_cast<uint32_t>(item.first_unit),
-        static_cast<uint32_t>(params.shortlist / kUnitKeys), 0.0f,
+        top_rank(*smem.fixed, heads), static_cast<uint32_t>(params.shortlist / kUnitKeys), 0.0f,
         [&](int i) { return unit_key(smem, item, heads, i); });
     compact(
         *smem.fixed, units,
@@ -470,8 +489,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             const SmemArrays smem = phase.smem();
             selection = select_largest(
                 group, fixed, exchange.tokens, runs.slots(), runs.first_index(shortlist),
-                static_cast<uint32_t>(min_i64(params.topk, INT32_MAX)), params.top_p,
-                [&](int i) { return token_key(smem, item, heads, i); });
+                top_rank(fixed, heads), static_cast<uint32_t>(min_i64(params.topk, INT32_MAX)),
+                params.top_p, [&](int i) { return token_key(smem, item, heads, i); });
         }
         if (params.mode == DecodeMode::kSelect) {
             store_list(phase.smem(), params, item, runs.slots(), selection, index, rank);

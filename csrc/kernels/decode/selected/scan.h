@@ -17,20 +17,47 @@ __device__ __forceinline__ float capped_log2(float score, float softcap) {
     return score * device::kLog2E;
 }
 
-__device__ __forceinline__ void accumulate_max_sum(MaxSum& total, float term) {
-    if (term == -INFINITY) return;
-    if (term > total.max) {
-        total.sum = total.sum * ptx::exp2_approx(total.max - term) + 1.0f;
-        total.max = term;
-    } else {
-        total.sum += ptx::exp2_approx(term - total.max);
-    }
+__device__ __forceinline__ ScoreSums merge(const ScoreSums& a, const ScoreSums& b) {
+    const float largest = fmaxf(a.largest, b.largest);
+    const float reference = device::finite_reference(largest);
+    return {largest,
+            a.sum * ptx::exp2_approx(a.largest - reference) +
+                b.sum * ptx::exp2_approx(b.largest - reference),
+            fmaxf(a.selectable, b.selectable)};
 }
-__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
-    const float max = fmaxf(a.max, b.max);
-    const float reference = device::finite_reference(max);
-    return {max, a.sum * ptx::exp2_approx(a.max - reference) +
-                     b.sum * ptx::exp2_approx(b.max - reference)};
+
+// Tells the group the sums of this CTA's scores [count][group]. is_candidate(i): can item i be
+// selected? A thread keeps to one head.
+template <class IsCandidate>
+__device__ void tell_sums(Smem& smem, const float* scores, int count, int group, ScoreSums* told,
+                          IsCandidate&& is_candidate) {
+    const int rows = kThreads / group, thread = static_cast<int>(threadIdx.x);
+    const int first = thread / group, head = thread % group;
+    ScoreSums sums = {-INFINITY, 0.0f, -INFINITY};
+    if (first < rows) {
+        for (int i = first; i < count; i += rows) {
+            const float score = scores[i * group + head];
+            sums.largest = fmaxf(sums.largest, score);
+            if (is_candidate(i)) sums.selectable = fmaxf(sums.selectable, score);
+        }
+        const float reference = device::finite_reference(sums.largest);
+        for (int i = first; i < count; i += rows)
+            sums.sum += ptx::exp2_approx(scores[i * group + head] - reference);
+    }
+    __syncthreads();
+    smem.thread_sums[thread] = sums;
+    __syncthreads();
+    for (int h = thread / 32; h < group; h += kWarps) {
+        ScoreSums total = {-INFINITY, 0.0f, -INFINITY};
+        for (int row = thread % 32; row < rows; row += 32)
+            total = merge(total, smem.thread_sums[row * group + h]);
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+            total = merge(total, {__shfl_xor_sync(0xffffffffu, total.largest, offset),
+                                  __shfl_xor_sync(0xffffffffu, total.sum, offset),
+                                  __shfl_xor_sync(0xffffffffu, total.selectable, offset)});
+        if (thread % 32 == 0) told[h] = total;
+    }
 }
 
 // One head's query: the compute type, and 8-bit integers with their factor. A warp a head.
@@ -145,7 +172,7 @@ __device__ __forceinline__ void score_units(int32_t (&acc)[4], const UnitRows<kD
     }
 }
 
-// Scores units [begin, end) of this CTA into unit_scores, and tells the group their MaxSum.
+// Scores units [begin, end) of this CTA into unit_scores.
 template <int kDim, int kHeadTiles, class CacheT>
 __device__ __noinline__ void scan_units(const SmemArrays& smem, const CacheView<CacheT>& cache,
                                         const DecodeParams& params, Exchange& exchange, int rank,
@@ -155,7 +182,6 @@ __device__ __noinline__ void scan_units(const SmemArrays& smem, const CacheView<
     const int group = params.group(), t = lane % 4;
     QueryBytes<kDim> query[kHeadTiles];
     float factor[kHeadTiles][2], center[kHeadTiles][2];
-    MaxSum sums[kHeadTiles][2];
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n) {
         query[n] = query_bytes<kDim>(smem.query_s8, n);
@@ -163,7 +189,6 @@ __device__ __noinline__ void scan_units(const SmemArrays& smem, const CacheView<
         for (int c = 0; c < 2; ++c) {
             factor[n][c] = smem.fixed->query_factor[8 * n + 2 * t + c];
             center[n][c] = smem.fixed->center_score[8 * n + 2 * t + c];
-            sums[n][c] = {-INFINITY, 0.0f};
         }
     }
     for (int first = begin + 16 * kBatch * warp; first < end; first += 16 * kBatch * kWarps) {
@@ -188,39 +213,21 @@ __device__ __noinline__ void scan_units(const SmemArrays& smem, const CacheView<
                     if (!units[b].exists[half] || !(score == score)) score = -INFINITY;
                     if (unit >= end || head >= group) continue;
                     smem.unit_scores[(unit - begin) * group + head] = score;
-                    accumulate_max_sum(sums[n][e % 2], score);
                 }
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < kHeadTiles; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) {
-                const MaxSum other = {__shfl_xor_sync(0xffffffffu, sums[n][c].max, offset),
-                                      __shfl_xor_sync(0xffffffffu, sums[n][c].sum, offset)};
-                sums[n][c] = merge(sums[n][c], other);
-            }
-            if (lane < 4) smem.fixed->warp_sums[warp][8 * n + 2 * lane + c] = sums[n][c];
-        }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < group) {
-        MaxSum sum = smem.fixed->warp_sums[0][threadIdx.x];
-        for (int w = 1; w < kWarps; ++w) sum = merge(sum, smem.fixed->warp_sums[w][threadIdx.x]);
-        exchange.scan[rank][threadIdx.x] = sum;
-    }
 }
 
-// The MaxSum of all CTAs, as each of them told it.
-__device__ __forceinline__ MaxSum total_of(const MaxSum (&told)[kGroupCtas][kMaxDecodeGroup],
-                                           int head) {
-    MaxSum total = {-INFINITY, 0.0f};
-    for (int r = 0; r < kGroupCtas; ++r) {
-        const float2 part = __ldcg(reinterpret_cast<const float2*>(&told[r][head]));
-        total = merge(total, {part.x, part.y});
-    }
+// The sums of all CTAs, as each of them told it.
+__device__ __forceinline__ ScoreSums total_of(const ScoreSums (&told)[kGroupCtas][kMaxDecodeGroup],
+                                              int head) {
+    ScoreSums total = {-INFINITY, 0.0f, -INFINITY};
+#pragma unroll
+    for (int r = 0; r < kGroupCtas; ++r)
+        total = merge(total, {__ldcg(&told[r][head].largest), __ldcg(&told[r][head].sum),
+                              __ldcg(&told[r][head].selectable)});
     return total;
 }
 

@@ -1,5 +1,4 @@
-// Exact scores of the keys in this CTA's slots, from memory straight into registers, and their
-// MaxSum for the group.
+// Exact scores of the keys in this CTA's slots, from memory straight into registers.
 #pragma once
 
 #include "device/element.h"
@@ -28,14 +27,12 @@ __device__ __noinline__ void score_slots(const SmemArrays& smem, const CacheView
     const auto query_step = [&](int n, int s) {
         return *reinterpret_cast<const uint4*>(query_lane + 8 * n * kDim + 32 * s);
     };
-    MaxSum sums[kHeadTiles][2];
 #pragma unroll
     for (int n = 0; n < kHeadTiles; ++n) {
         if constexpr (kHeld) {
 #pragma unroll
             for (int s = 0; s < kSteps; ++s) query[n][s] = query_step(n, s);
         }
-        sums[n][0] = sums[n][1] = {-INFINITY, 0.0f};
     }
     for (int first = 16 * warp; first < count; first += 16 * kWarps) {
         uint4 keys[2][kSteps];
@@ -87,28 +84,10 @@ __device__ __noinline__ void score_slots(const SmemArrays& smem, const CacheView
                                         ? capped_log2(acc[e] * score_scale, params.softcap)
                                         : -INFINITY;
                 smem.key_scores[slot * group + head] = score;
-                accumulate_max_sum(sums[n][e % 2], score);
             }
         }
     }
-#pragma unroll
-    for (int n = 0; n < kHeadTiles; ++n)
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-#pragma unroll
-            for (int offset = 4; offset < 32; offset *= 2) {
-                const MaxSum other = {__shfl_xor_sync(0xffffffffu, sums[n][c].max, offset),
-                                      __shfl_xor_sync(0xffffffffu, sums[n][c].sum, offset)};
-                sums[n][c] = merge(sums[n][c], other);
-            }
-            if (lane < 4) smem.fixed->warp_sums[warp][8 * n + 2 * lane + c] = sums[n][c];
-        }
     __syncthreads();
-    if (static_cast<int>(threadIdx.x) < group) {
-        MaxSum sum = smem.fixed->warp_sums[0][threadIdx.x];
-        for (int w = 1; w < kWarps; ++w) sum = merge(sum, smem.fixed->warp_sums[w][threadIdx.x]);
-        exchange.keys[rank][threadIdx.x] = sum;
-    }
 }
 
 }  // namespace condensate::kernels::decode

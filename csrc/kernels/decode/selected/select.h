@@ -23,12 +23,29 @@ __device__ __forceinline__ float rank_of(unsigned long long key) {
     return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
-// 64 bins an octave of 1 - rank: fine near 0, coarser below. A larger rank has no larger bin.
-__device__ __forceinline__ int bin_of(float rank) {
-    const float distance = 1.0f + fmaxf(-rank, 0.0f);
-    const int bin = static_cast<int>(__float_as_uint(distance) >> 17) - (127 << 6);
-    return min(bin, kRankBins - 1);
-}
+// Bins of ranks, the largest first. Coarse bins reach down from `top`, 64 an octave of 1 +
+// distance; fine ones divide one of them evenly. A larger rank has no larger bin.
+struct RankBins {
+    float top;
+    float first, per_bin;  // fine: distance of the first bin, bins per unit of distance
+    int only;              // fine: the coarse bin that is divided
+
+    __device__ float distance(float rank) const { return 1.0f + fmaxf(top - rank, 0.0f); }
+    __device__ int coarse(float rank) const {
+        const int bin = static_cast<int>(__float_as_uint(distance(rank)) >> 17) - (127 << 6);
+        return min(bin, kRankBins - 1);
+    }
+    __device__ void divide(int bin) {
+        const uint32_t bits = static_cast<uint32_t>(bin + (127 << 6)) << 17;
+        first = __uint_as_float(bits);
+        per_bin = static_cast<float>(kRankBins) / (__uint_as_float(bits + (1u << 17)) - first);
+        only = bin;
+    }
+    __device__ int fine(float rank) const {
+        const float offset = (distance(rank) - first) * per_bin;
+        return static_cast<int>(fminf(fmaxf(offset, 0.0f), kRankBins - 1.0f));
+    }
+};
 
 // 2^rank as a share of 2^30, so that sums do not depend on their order.
 __device__ __forceinline__ unsigned long long mass_of(float rank) {
@@ -100,9 +117,11 @@ struct LastBin {
 };
 
 // The first bin after which at least `most` items are selected, or the others hold no more than
-// `rest` of the mass.
-__device__ inline LastBin find_last_bin(Smem& smem, const SelectExchange& exchange, uint32_t most,
-                                        bool by_mass, unsigned long long rest) {
+// `rest` of the mass. `before` says what lies above the bins, and how much mass there is in all;
+// its count of a bin's items is not read.
+__device__ inline LastBin find_last_bin(Smem& smem, const SelectExchange& exchange, int level,
+                                        LastBin start, uint32_t most, bool by_mass,
+                                        unsigned long long rest) {
     constexpr int kEach = kRankBins / kThreads;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     uint32_t items[kEach], sum = 0;
@@ -110,8 +129,8 @@ __device__ inline LastBin find_last_bin(Smem& smem, const SelectExchange& exchan
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
         const int bin = static_cast<int>(threadIdx.x) * kEach + e;
-        items[e] = __ldcg(&exchange.bins[bin]);
-        masses[e] = by_mass ? __ldcg(&exchange.bin_mass[bin]) : 0ull;
+        items[e] = __ldcg(&exchange.bins[level][bin]);
+        masses[e] = by_mass ? __ldcg(&exchange.bin_mass[level][bin]) : 0ull;
         sum += items[e];
         mass_sum += masses[e];
     }
@@ -133,16 +152,18 @@ __device__ inline LastBin find_last_bin(Smem& smem, const SelectExchange& exchan
     }
     if (threadIdx.x == 0) smem.flags[0] = kRankBins;
     __syncthreads();
-    before -= sum;
-    mass_before -= mass_sum;
-    LastBin last = {kRankBins, 0, 0, 0, 0, 0};
+    before += start.above - sum;
+    mass_before += start.mass_above - mass_sum;
+    LastBin last = {kRankBins, 0, 0, 0, 0, start.mass_total};
+    unsigned long long mass_inside = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
         before += w < warp ? smem.warp_counts[w] : 0u;
         mass_before += w < warp ? smem.warp_masses[w] : 0ull;
         last.total += smem.warp_counts[w];
-        last.mass_total += smem.warp_masses[w];
+        mass_inside += smem.warp_masses[w];
     }
+    if (level == 0) last.mass_total = mass_inside;
     // Each thread looks at its own bins; the first that ends the selection tells the others.
     bool open = before < most && (!by_mass || last.mass_total - mass_before > rest);
 #pragma unroll
@@ -193,16 +214,10 @@ __device__ inline unsigned long long order_ties(Smem& smem, const SelectExchange
     return smem.threshold;
 }
 
-// Selects at most `most` items; with top_p > 0 only as many of the largest as leave no more than
-// 1 - top_p of the mass to the others. key_of(i), i < count, is 0 for what is no item. All indices
-// of lower CTAs are below `first_index`, this CTA's own are not.
+// Adds this CTA's items to the group's bins.
 template <class KeyOf>
-__device__ __noinline__ Selection select_largest(Group& group, Smem& smem, SelectExchange& exchange,
-                                                 int count, uint32_t first_index, uint32_t most,
-                                                 float top_p, KeyOf&& key_of) {
-    const bool by_mass = top_p > 0.0f;
-    const unsigned long long rest =
-        by_mass ? static_cast<unsigned long long>((1.0f - fminf(top_p, 1.0f)) * 0x1p30f) : 0ull;
+__device__ void count_ranks(Smem& smem, SelectExchange& exchange, int level, const RankBins& bins,
+                            int count, bool by_mass, KeyOf&& key_of) {
     for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads) {
         smem.bins[b] = 0;
         if (by_mass) smem.bin_mass[b] = 0;
@@ -211,19 +226,41 @@ __device__ __noinline__ Selection select_largest(Group& group, Smem& smem, Selec
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
         const unsigned long long key = key_of(i);
         if (key == 0) continue;
-        const int bin = bin_of(rank_of(key));
+        const float rank = rank_of(key);
+        const int coarse = bins.coarse(rank);
+        if (level == 1 && coarse != bins.only) continue;
+        const int bin = level == 0 ? coarse : bins.fine(rank);
         atomicAdd(&smem.bins[bin], 1u);
-        if (by_mass) atomicAdd(&smem.bin_mass[bin], mass_of(rank_of(key)));
+        if (by_mass) atomicAdd(&smem.bin_mass[bin], mass_of(rank));
     }
     __syncthreads();
     for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads) {
         if (smem.bins[b] == 0) continue;
-        atomicAdd(&exchange.bins[b], smem.bins[b]);
-        if (by_mass) atomicAdd(&exchange.bin_mass[b], smem.bin_mass[b]);
+        atomicAdd(&exchange.bins[level][b], smem.bins[b]);
+        if (by_mass) atomicAdd(&exchange.bin_mass[level][b], smem.bin_mass[b]);
     }
-    group.sync();
+}
 
-    const LastBin last = find_last_bin(smem, exchange, most, by_mass, rest);
+// Selects at most `most` items; with top_p > 0 only as many of the largest as leave no more than
+// 1 - top_p of the mass to the others. key_of(i), i < count, is 0 for what is no item. All indices
+// of lower CTAs are below `first_index`, this CTA's own are not. No rank is above `top`.
+template <class KeyOf>
+__device__ __noinline__ Selection select_largest(Group& group, Smem& smem, SelectExchange& exchange,
+                                                 int count, uint32_t first_index, float top,
+                                                 uint32_t most, float top_p, KeyOf&& key_of) {
+    const bool by_mass = top_p > 0.0f;
+    const unsigned long long rest =
+        by_mass ? static_cast<unsigned long long>((1.0f - fminf(top_p, 1.0f)) * 0x1p30f) : 0ull;
+    RankBins bins{top, 0.0f, 0.0f, -1};
+    count_ranks(smem, exchange, 0, bins, count, by_mass, key_of);
+    group.sync();
+    LastBin last = find_last_bin(smem, exchange, 0, LastBin{}, most, by_mass, rest);
+    if (last.bin < kRankBins && last.inside > kMaxTies) {
+        bins.divide(last.bin);
+        count_ranks(smem, exchange, 1, bins, count, by_mass, key_of);
+        group.sync();
+        last = find_last_bin(smem, exchange, 1, last, most, by_mass, rest);
+    }
     const bool ordered = last.bin < kRankBins && last.inside <= kMaxTies;
     const bool bisected = last.bin < kRankBins && !ordered;
     unsigned long long threshold = most == 0 ? ~0ull : 1ull;  // of everything, or nothing
@@ -261,9 +298,16 @@ __device__ __noinline__ Selection select_largest(Group& group, Smem& smem, Selec
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
         const unsigned long long key = key_of(i);
         if (key == 0) continue;
-        const int bin = bin_of(rank_of(key));
-        if (ordered && bin == last.bin) exchange.ties[atomicAdd(&exchange.tie_count, 1u)] = key;
-        mine += ordered ? bin < last.bin : key >= threshold;
+        const float rank = rank_of(key);
+        const int coarse = bins.coarse(rank);
+        const bool undivided = bins.only < 0;
+        const int bin = undivided ? coarse : bins.fine(rank);
+        const bool above = undivided
+                               ? bin < last.bin
+                               : coarse < bins.only || (coarse == bins.only && bin < last.bin);
+        if (ordered && !above && bin == last.bin && (undivided || coarse == bins.only))
+            exchange.ties[atomicAdd(&exchange.tie_count, 1u)] = key;
+        mine += ordered ? above : key >= threshold;
     }
     mine = block_sum(smem, mine);
     if (threadIdx.x == 0) exchange.larger[Group::rank()] = mine;
