@@ -58,15 +58,6 @@ Status allow_shared_memory(void (*kernel)(KernelArgs...), const char* name, int6
     return cuda_status(error, name);
 }
 
-// Lets a kernel have clusters of more than 8 CTAs.
-template <class... KernelArgs>
-Status allow_large_clusters(void (*kernel)(KernelArgs...), const char* name) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) cudaGetLastError();
-    return cuda_status(error, name);
-}
-
 // Starts `kernel` on context.stream. A grid without blocks is a success that starts nothing.
 // `smem_bytes` is dynamic shared memory; kernels of this library declare no static shared memory.
 template <class... KernelArgs, class... Args>

@@ -131,14 +131,16 @@ struct DecodeSpan {
 };
 CONDENSATE_HOST_DEVICE DecodeSpan decode_span(int64_t position, int64_t window, int64_t anchors,
                                               int pool) {
+    constexpr int64_t kMost = 0x7fffffff;
     DecodeSpan span = {};
-    const int64_t visible = max_i64(position + 1, 0);
-    const int64_t cut = visible / pool * pool;
-    const int64_t recent = max_i64(min_i64(visible - min_i64(window, visible), cut), 0);
-    span.visible = static_cast<int32_t>(visible);
-    span.recent_begin = static_cast<int32_t>(recent);
-    span.anchors_end = static_cast<int32_t>(min_i64(anchors, recent));
-    span.units = static_cast<int32_t>(visible / kUnitKeys);
+    const int32_t visible = static_cast<int32_t>(max_i64(position + 1, 0));
+    const int32_t recent = visible - static_cast<int32_t>(min_i64(window, kMost));
+    const int32_t cut = visible & ~(pool - 1);  // pools are a power of two
+    span.visible = visible;
+    span.recent_begin = recent < 0 ? 0 : recent < cut ? recent : cut;
+    const int32_t first = static_cast<int32_t>(min_i64(anchors, kMost));
+    span.anchors_end = first < span.recent_begin ? first : span.recent_begin;
+    span.units = visible / kUnitKeys;
     return span;
 }
 

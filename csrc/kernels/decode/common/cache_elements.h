@@ -18,15 +18,28 @@ __device__ __forceinline__ uint32_t pair_of(__half2 x, __nv_bfloat16) {
     return *reinterpret_cast<uint32_t*>(&y);
 }
 
-template <class T>
-__device__ __forceinline__ uint4 load_8(const T* row) {
-    return __ldg(reinterpret_cast<const uint4*>(row));
+// As loaded: 16 bytes of a 16-bit type, 8 of e4m3.
+template <class CacheT>
+struct Loaded8 {
+    uint4 x;
+};
+template <>
+struct Loaded8<__nv_fp8_e4m3> {
+    uint2 x;
+};
+template <class CacheT>
+__device__ __forceinline__ Loaded8<CacheT> load_8(const CacheT* row) {
+    return {__ldg(reinterpret_cast<const decltype(Loaded8<CacheT>::x)*>(row))};
 }
-// e4m3 fits both 16-bit types.
+
+// In the type that the products take; e4m3 fits both 16-bit types.
 template <class T>
-__device__ __forceinline__ uint4 load_8(const __nv_fp8_e4m3* row) {
-    const uint2 bytes = __ldg(reinterpret_cast<const uint2*>(row));
-    const uint32_t words[2] = {bytes.x, bytes.y};
+__device__ __forceinline__ uint4 elements_of(const Loaded8<T>& loaded) {
+    return loaded.x;
+}
+template <class T>
+__device__ __forceinline__ uint4 elements_of(const Loaded8<__nv_fp8_e4m3>& loaded) {
+    const uint32_t words[2] = {loaded.x.x, loaded.x.y};
     uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -35,13 +48,6 @@ __device__ __forceinline__ uint4 load_8(const __nv_fp8_e4m3* row) {
         pairs[i] = pair_of(__half2(raw), T{});
     }
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
-}
-
-__device__ __forceinline__ float2 floats_of(uint32_t pair, __half) {
-    return __half22float2(*reinterpret_cast<__half2*>(&pair));
-}
-__device__ __forceinline__ float2 floats_of(uint32_t pair, __nv_bfloat16) {
-    return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&pair));
 }
 
 }  // namespace condensate::kernels::decode

@@ -48,6 +48,16 @@ struct CacheView {
         const int32_t page = table[token >> page_shift];
         return static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages) ? page : -1;
     }
+    // Page to read where a branch would keep loads apart: of no token, any page.
+    __device__ int32_t page_or_any(int32_t token, bool* exists) const {
+        if (table == nullptr) {
+            *exists = token >= 0;
+            return own_page;
+        }
+        const int32_t page = __ldg(table + (token >= 0 ? token >> page_shift : 0));
+        *exists = token >= 0 && static_cast<uint32_t>(page) < static_cast<uint32_t>(num_pages);
+        return *exists ? page : 0;
+    }
     __device__ int32_t slot_of(int32_t token) const {
         return token & static_cast<int32_t>((1u << page_shift) - 1u);
     }

@@ -1,6 +1,5 @@
-// The CTAs that work on one query of one KV head: always kGroupCtas of them, each with a fixed
-// share of the work, so that sums do not depend on what else runs. On sm_90 a group is a cluster;
-// elsewhere the CTAs of a cooperative launch meet at a counter.
+// The CTAs that make one shortlist together: one, or a cluster on sm_90 where a sequence is long
+// and there are few. What they find is exact, so it does not depend on how many they are.
 #pragma once
 
 #include <cstdint>
@@ -9,38 +8,20 @@
 
 namespace condensate::kernels::decode {
 
-constexpr int kGroupCtas = 16;
+constexpr int kMaxGroupCtas = 8;
 
-class Group {
-  public:
-    // `counter`: zero when the kernel starts; null for a cluster.
-    __device__ explicit Group(uint32_t* counter) : counter_(counter) {}
+struct Group {
+    int size;
 
-    __device__ static int index() { return static_cast<int>(blockIdx.x) / kGroupCtas; }
-    __device__ static int count() { return static_cast<int>(gridDim.x) / kGroupCtas; }
-    __device__ static int rank() { return static_cast<int>(blockIdx.x) % kGroupCtas; }
-
+    __device__ int index() const { return static_cast<int>(blockIdx.x) / size; }
+    __device__ int rank() const { return static_cast<int>(blockIdx.x) % size; }
     // Every thread of the group. What was written before is seen after by loads past L1.
-    __device__ void sync() {
-        if (counter_ == nullptr) {
+    __device__ void sync() const {
+        if (size > 1)
             ptx::cluster_sync();
-            return;
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            target_ += kGroupCtas;
-            __threadfence();
-            atomicAdd(counter_, 1u);
-            while (ptx::load_acquire(counter_) < target_) {
-            }
-            __threadfence();
-        }
-        __syncthreads();
+        else
+            __syncthreads();
     }
-
-  private:
-    uint32_t* counter_;
-    uint32_t target_ = 0;
 };
 
 }  // namespace condensate::kernels::decode

@@ -1,128 +1,104 @@
-// Sizes, workspace and launch of the kernel that selects.
+// Sizes, workspace and launches of a step that selects, or attends given tokens.
 #pragma once
 
-#include "device/element.h"
-#include "kernels/decode/selected/kernel.h"
+#include "kernels/decode/selected/attend.h"
+#include "kernels/decode/selected/score.h"
 #include "kernels/launch.h"
 
 namespace condensate::kernels::decode {
 
-// Is a group's scratch in shared memory worth CTAs that an SM then lacks?
-constexpr int64_t kUnitScoresInSmemBytes = 40 * 1024;
-
 inline Sizes sizes_of(const DecodeParams& p) {
     const int64_t capacity = p.cache.capacity();
-    const int pool = pool_keys(p.cache.page_size, p.cache.block_table != nullptr);
-    const int64_t listed = p.mode == DecodeMode::kGivenTokens ? p.topk : p.shortlist;
-    const int64_t recent = min_i64(p.window, capacity) + pool;
-    const int64_t runs = ceil_div(min_i64(p.anchors, capacity), kUnitKeys) +
-                         ceil_div(min_i64(listed, capacity), kUnitKeys) +
-                         ceil_div(recent, kUnitKeys) + 4;  // runs that are cut at either end
+    const bool paged = p.cache.block_table != nullptr;
+    const int pool = pool_keys(p.cache.page_size, paged);
+    const bool given = p.mode == DecodeMode::kGivenTokens;
+    const int64_t ranges = min_i64(p.anchors, capacity) + min_i64(p.window, capacity) + pool;
+    const int64_t listed = min_i64(given ? p.topk : p.shortlist, capacity);
+    // Runs of 8 that are cut at either end of anchors, list and recent keys.
+    const int64_t slots =
+        (ceil_div(ranges, kUnitKeys) + ceil_div(listed, kUnitKeys) + 6) * kUnitKeys;
     Sizes sizes;
     sizes.group = p.group();
     sizes.head_dim = static_cast<int32_t>(p.head_dim);
-    sizes.slots_per_cta = static_cast<int32_t>(ceil_div(runs, kGroupCtas) * kUnitKeys);
-    sizes.units_per_cta =
-        static_cast<int32_t>(ceil_div(ceil_div(capacity / kUnitKeys, kGroupCtas), 16) * 16);
-    sizes.unit_scores_in_smem = sizes.unit_scores_bytes() <= kUnitScoresInSmemBytes;
+    sizes.slots = static_cast<int32_t>(slots);
+    sizes.row_slices = static_cast<int32_t>(ceil_div(slots, kSliceRows));
+    if (given) {
+        sizes.lay_out();
+        return sizes;
+    }
+    sizes.chunks = static_cast<int32_t>(ceil_div(capacity / kUnitKeys, kChunkUnits));
+    sizes.pool_slices = static_cast<int32_t>(ceil_div(ceil_div(capacity, pool), kSlicePools));
+    sizes.lay_out();
     return sizes;
 }
 
-struct Shape {
-    bool cluster = false;
-    int64_t groups = 0;
-};
+Status make_shortlists(const DecodeParams& p, const Sizes& sizes, const LaunchContext& context);
 
-template <class Config>
-Status shape_of(const DecodeParams& p, const Sizes& sizes, const LaunchContext& context,
-                Shape* shape) {
-    const auto kernel = decode_selected_kernel<Config>;
-    const int64_t smem_bytes = SmemArrays::bytes(sizes);
-    Status status = allow_shared_memory(kernel, "decode_selected", smem_bytes, context);
-    if (!status.ok()) return status;
+Status list_rows(const DecodeParams& p, const Sizes& sizes, const LaunchContext& context);
+
+// The headers' counters, which a scan would clear.
+inline Status clear_counters(const DecodeParams& p, const Sizes& sizes,
+                             const LaunchContext& context) {
     const int64_t items = p.batch * p.kv_heads * p.query_len;
-    if (context.sm_major >= 9) {
-        status = allow_large_clusters(kernel, "decode_selected");
-        if (!status.ok()) return status;
-        *shape = {true, items};
-        return {};
-    }
-    int per_sm = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &per_sm, kernel, kThreads, static_cast<size_t>(smem_bytes));
-    if (error != cudaSuccess) return cuda_status(error, "decode_selected");
-    *shape = {false, min_i64(items, max_i64(per_sm * context.sm_count / kGroupCtas, 1))};
-    return {};
+    const cudaError_t error =
+        cudaMemset2DAsync(p.workspace, static_cast<size_t>(sizes.record_bytes), 0, sizeof(Header),
+                          static_cast<size_t>(items), context.stream);
+    return cuda_status(error, "decode_score");
 }
 
-template <class Config>
-struct Selected {
-    static Status workspace_bytes(const DecodeParams& p, const LaunchContext& context,
-                                  int64_t* bytes) {
-        const Sizes sizes = sizes_of(p);
-        Shape shape;
-        const Status status = shape_of<Config>(p, sizes, context, &shape);
-        *bytes = shape.groups * (sizes.workspace_bytes() + 128);
-        return status;
+template <class T, class CacheT, int kDim, int kHeadTiles>
+Status run_kernels(const DecodeParams& p, const LaunchContext& context) {
+    const Sizes sizes = sizes_of(p);
+    auto* workspace = static_cast<uint8_t*>(p.workspace);
+    const int64_t items = p.batch * p.kv_heads * p.query_len;
+    Status status;
+    if (p.mode == DecodeMode::kGivenTokens) {
+        status = clear_counters(p, sizes, context);
+    } else {
+        Grid grid{max_i64(sizes.chunks, 1), p.batch * p.kv_heads,
+                  ceil_div(p.group() * p.query_len, kScanRows)};
+        status = launch(decode_scan_kernel<T, CacheT, kDim>, "decode_scan", grid, kScanThreads,
+                        sizeof(ScanSmem<kDim>), context, p, sizes, workspace, context.error_word);
+        if (status.ok()) status = make_shortlists(p, sizes, context);
     }
-    static Status run(const DecodeParams& p, const LaunchContext& context) {
-        const Sizes sizes = sizes_of(p);
-        Shape shape;
-        Status status = shape_of<Config>(p, sizes, context, &shape);
-        if (!status.ok()) return status;
-        auto* workspace = static_cast<uint8_t*>(p.workspace);
-        uint32_t* counters = nullptr;
-        if (!shape.cluster) {
-            counters =
-                reinterpret_cast<uint32_t*>(workspace + shape.groups * sizes.workspace_bytes());
-            const cudaError_t error = cudaMemsetAsync(
-                counters, 0, static_cast<size_t>(shape.groups) * sizeof(uint32_t), context.stream);
-            if (error != cudaSuccess) return cuda_status(error, "decode_selected");
-        }
-        Grid grid{shape.groups * kGroupCtas};
-        grid.cluster = shape.cluster ? kGroupCtas : 1;
-        grid.cooperative = !shape.cluster;
-        return launch(decode_selected_kernel<Config>, "decode_selected", grid, kThreads,
-                      SmemArrays::bytes(sizes), context, p, sizes, workspace, counters,
-                      context.error_word);
-    }
-};
+    if (!status.ok()) return status;
+    status = launch(decode_score_kernel<T, CacheT, kDim, kHeadTiles>, "decode_score",
+                    {sizes.slot_slices(), items}, kScoreThreads, sizeof(ScoreSmem<T, kDim>),
+                    context, p, sizes, workspace, context.error_word);
+    if (status.ok()) status = list_rows(p, sizes, context);
+    if (!status.ok() || p.mode == DecodeMode::kSelect) return status;
+    return launch(decode_attend_kernel<T, CacheT, kDim, kHeadTiles>, "decode_attend",
+                  {sizes.slices(), items}, kAttendThreads,
+                  aligned(sizeof(AttendSmem)) + int64_t{kAttendWarps / 2} * p.group() * kDim * 4,
+                  context, p, sizes, workspace, context.error_word);
+}
 
-// Calls body(Config) for the call's head_dim and group.
-template <class T, class CacheT, class Body>
-Status with_config(const DecodeParams& p, Body&& body) {
-    const bool wide = p.group() > 8;
-    switch (p.head_dim) {
-        case 64:
-            return wide ? body(Config<T, CacheT, 64, 2>{}) : body(Config<T, CacheT, 64, 1>{});
-        case 96:
-            return wide ? body(Config<T, CacheT, 96, 2>{}) : body(Config<T, CacheT, 96, 1>{});
-        case 128:
-            return wide ? body(Config<T, CacheT, 128, 2>{}) : body(Config<T, CacheT, 128, 1>{});
-        default:
-            return wide ? body(Config<T, CacheT, 256, 2>{}) : body(Config<T, CacheT, 256, 1>{});
-    }
+inline int64_t selected_workspace_bytes(const DecodeParams& p) {
+    return sizes_of(p).record_bytes * p.batch * p.kv_heads * p.query_len;
 }
 
 // One instantiation a file.
 template <class T, class CacheT>
-Status selected_workspace_bytes(const DecodeParams& p, const LaunchContext& context,
-                                int64_t* bytes);
-template <class T, class CacheT>
 Status run_selected(const DecodeParams& p, const LaunchContext& context);
 
-#define CONDENSATE_DECODE_SELECTED(T, CacheT)                                                  \
-    template <>                                                                                \
-    Status selected_workspace_bytes<T, CacheT>(const DecodeParams& p,                          \
-                                               const LaunchContext& context, int64_t* bytes) { \
-        return with_config<T, CacheT>(p, [&](auto config) {                                    \
-            return Selected<decltype(config)>::workspace_bytes(p, context, bytes);             \
-        });                                                                                    \
-    }                                                                                          \
-    template <>                                                                                \
-    Status run_selected<T, CacheT>(const DecodeParams& p, const LaunchContext& context) {      \
-        return with_config<T, CacheT>(                                                         \
-            p, [&](auto config) { return Selected<decltype(config)>::run(p, context); });      \
+#define CONDENSATE_DECODE_SELECTED(T, CacheT)                                             \
+    template <>                                                                           \
+    Status run_selected<T, CacheT>(const DecodeParams& p, const LaunchContext& context) { \
+        const bool wide = p.group() > 8;                                                  \
+        switch (p.head_dim) {                                                             \
+            case 64:                                                                      \
+                return wide ? run_kernels<T, CacheT, 64, 2>(p, context)                   \
+                            : run_kernels<T, CacheT, 64, 1>(p, context);                  \
+            case 96:                                                                      \
+                return wide ? run_kernels<T, CacheT, 96, 2>(p, context)                   \
+                            : run_kernels<T, CacheT, 96, 1>(p, context);                  \
+            case 128:                                                                     \
+                return wide ? run_kernels<T, CacheT, 128, 2>(p, context)                  \
+                            : run_kernels<T, CacheT, 128, 1>(p, context);                 \
+            default:                                                                      \
+                return wide ? run_kernels<T, CacheT, 256, 2>(p, context)                  \
+                            : run_kernels<T, CacheT, 256, 1>(p, context);                 \
+        }                                                                                 \
     }
 
 }  // namespace condensate::kernels::decode
