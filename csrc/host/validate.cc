@@ -348,6 +348,17 @@ Status validate(const OmittedMassParams& p) {
                                {"omitted", p.omitted, audited}});
 }
 
+Status validate(const OmittedFromLseParams& p) {
+    const char* op = "omitted_from_lse";
+    if (p.rows < 0)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: rows is %lld, expected rows >= 0; pass batch * heads * query_len.",
+                           op, static_cast<LL>(p.rows));
+    return check_pointers(
+        op,
+        {{"lse", p.lse, p.rows}, {"lse_full", p.lse_full, p.rows}, {"omitted", p.omitted, p.rows}});
+}
+
 Status validate(const MergeStatesParams& p) {
     const char* op = "merge_states";
     Status status = check_dtype(op, p.dtype);

@@ -13,6 +13,7 @@ Status validate(const TokenSelectParams& params);
 Status validate(const FarPoolsParams& params);
 Status validate(const AttentionParams& params);
 Status validate(const OmittedMassParams& params);
+Status validate(const OmittedFromLseParams& params);
 Status validate(const MergeStatesParams& params);
 
 // The budget of a call in keys: topk >= 0, and whole blocks for the block selectors.

@@ -32,14 +32,16 @@ inline void check_budget(const char* op, const Budget& budget, Selector selector
     if (budget.per_head && exact) fail(op, std::string("topk_per_head is given") + lists);
 }
 
-// Fills in what a checked budget says about lists.
-inline void apply_budget(const Budget& budget, const Argument& query, BlockSelectParams* params) {
-    params->max_blocks = budget.topk / kBlockKeys;
-    params->top_p = budget.top_p ? static_cast<float>(*budget.top_p) : 0.0f;
-    if (!budget.per_head) return;
+// What a checked budget says about lists: the mass that they must hold (0: none is asked for), and
+// the budgets of the KV heads (null: all the same).
+inline float list_share(const Budget& budget) {
+    return budget.top_p ? static_cast<float>(*budget.top_p) : 0.0f;
+}
+inline const int32_t* head_budgets(const Budget& budget, const Argument& query, int64_t kv_heads) {
+    if (!budget.per_head) return nullptr;
     const Argument per_head{query.op, "topk_per_head", *budget.per_head};
-    check_contiguous(per_head, ScalarType::Int, query, {params->problem.kv_heads});
-    params->head_keys = static_cast<const int32_t*>(per_head.tensor.const_data_ptr());
+    check_contiguous(per_head, ScalarType::Int, query, {kv_heads});
+    return static_cast<const int32_t*>(per_head.tensor.const_data_ptr());
 }
 
 // Condense what the lists leave out? By default where there are lists.

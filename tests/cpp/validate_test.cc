@@ -177,6 +177,7 @@ TEST(Validate, StageArguments) {
     EXPECT_EQ(message_of(call.block_summaries(Selector::kExact)),
               "block_summaries: selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; "
               "\"exact\" selects single keys: use select_tokens.");
+    call.block_summaries(Selector::kBlock);
     BlockSelectParams select = call.select_blocks(Selector::kBlock, 2);
     select.max_blocks = -1;
     EXPECT_EQ(message_of(select),

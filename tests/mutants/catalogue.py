@@ -181,7 +181,7 @@ CPU = (
     ),
     Mutant(
         "shared_scan_by_queries_of_a_tile",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "return scan_tiles(selector, kv_len) * pool_size(group);",
         "return (selector, kv_len, pool_size(group));",
         SHARED_SCANS,
@@ -251,14 +251,14 @@ CPU = (
     ),
     Mutant(
         "negative_budget",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
         "min_i64(keys / kBlockKeys, most)",
         BUDGETS,
     ),
     Mutant(
         "budget_above_that_of_the_call",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
         "(max_i64(keys, 0) / kBlockKeys + 0 * most)",
         BUDGETS,
@@ -335,7 +335,7 @@ CPU = (
     ),
     Mutant(
         "coarse_mean_in_a_short_ones_place",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "constexpr UnitLevel kCoarseUnits = {64, 1, 8};",
         "constexpr UnitLevel kCoarseUnits = {64, 1, 7};",
         "test_block_selection.py summaries",
@@ -433,9 +433,9 @@ CPU = (
     ),
     Mutant(
         "far_field_of_a_short_mean",
-        "torch/far_field.cc",
-        "level.first_row * p.head_dim",
-        "(level.first_row - (level.first_row > 0)) * p.head_dim",
+        "host/call_stages.h",
+        "traits.block_means.first_row * p.head_dim",
+        "(traits.block_means.first_row - (traits.block_means.first_row > 0)) * p.head_dim",
         "test_far_field.py head_dims_and_selectors and block",
     ),
     Mutant(
@@ -489,16 +489,16 @@ CPU = (
     ),
     Mutant(
         "single_query_estimated_by_its_attention",
-        "torch/attention.cc",
-        "call.far_field && p.query_len > 1",
-        "call.far_field && p.query_len > 0",
+        "host/call_stages.h",
+        "call.given_lists || call.problem.query_len > 1",
+        "call.given_lists || call.problem.query_len > 0",
         GAP_CALLS,
     ),
     Mutant(
         "estimate_of_the_far_field_by_the_selection",
-        "torch/attention.cc",
-        "call.far_field && p.query_len > 1",
-        "call.far_field && p.query_len > 2",
+        "host/call_stages.h",
+        "call.given_lists || call.problem.query_len > 1",
+        "call.given_lists || call.problem.query_len > 2",
         GAP_CALLS,
     ),
     Mutant(

@@ -1,6 +1,4 @@
 // The public API end to end on the CPU: which path ran, strict mode, the error word, merging.
-#include "host/dispatch.h"
-
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -28,42 +26,42 @@ class Environment {
 
 Call small_call() { return Call({DType::kFloat32, 2, 2, 2, 40, 300, 16, 20, 5, true, 4}); }
 
-TEST(Dispatch, ForcedPathsRunAndAgree) {
+TEST(Stages, ForcedPathsRunAndAgree) {
     Call call = small_call();
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
-    EXPECT_EQ(last_plan().path, Path::kCpu);
+    EXPECT_EQ(last_plan().stages[0].path, Path::kCpu);
     std::vector<float> lse = call.lse;
     Environment force("CONDENSATE_FORCE_PATH", "cpu_reference");
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
-    EXPECT_EQ(last_plan().path, Path::kCpuReference);
-    EXPECT_EQ(last_plan().stage, Stage::kAttention);
+    EXPECT_EQ(last_plan().stages[0].path, Path::kCpuReference);
+    EXPECT_EQ(last_plan().stages[0].stage, Stage::kAttention);
     for (size_t row = 0; row < lse.size(); ++row) EXPECT_NEAR(lse[row], call.lse[row], 1e-5);
 }
 
-TEST(Dispatch, EveryStageRunsOnBothCpuPaths) {
+TEST(Stages, EveryStageRunsOnBothCpuPaths) {
     for (const char* path : {"cpu", "cpu_reference"}) {
         Environment force("CONDENSATE_FORCE_PATH", path);
         Call call = small_call();
         const Executor executor = threaded();
         ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kQuest), executor).ok());
-        EXPECT_STREQ(path_name(last_plan().path), path);
+        EXPECT_STREQ(path_name(last_plan().stages[0].path), path);
         ASSERT_TRUE(select_blocks(call.select_blocks(Selector::kQuest, 2), executor).ok());
         EXPECT_EQ(last_plan().selection, Selection::kBlocks);
         ASSERT_TRUE(attention(call.attention(), executor).ok());
         EXPECT_EQ(last_plan().selection, Selection::kGiven);
         EXPECT_EQ(last_plan().far_pools, 0);
         ASSERT_TRUE(far_pools(call.far_pools(), executor).ok());
-        EXPECT_EQ(last_plan().stage, Stage::kFarPools);
+        EXPECT_EQ(last_plan().stages[0].stage, Stage::kFarPools);
         EXPECT_EQ(last_plan().far_pools, 5);
         ASSERT_TRUE(attention(call.attention(), executor).ok());
         EXPECT_EQ(last_plan().far_pools, 5);
         ASSERT_TRUE(omitted_mass(call.omitted_mass(), executor).ok());
         ASSERT_TRUE(select_tokens(call.select_tokens(9), executor).ok());
-        EXPECT_STREQ(path_name(last_plan().path), path);
+        EXPECT_STREQ(path_name(last_plan().stages[0].path), path);
     }
 }
 
-TEST(Dispatch, ImpossibleForcedPathIsAnError) {
+TEST(Stages, ImpossibleForcedPathIsAnError) {
     Environment force("CONDENSATE_FORCE_PATH", "simt");
     Call call = small_call();
     Status status = attention(call.attention(), Executor{});
@@ -71,7 +69,7 @@ TEST(Dispatch, ImpossibleForcedPathIsAnError) {
     EXPECT_NE(std::string(status.message).find("CONDENSATE_FORCE_PATH is simt"), std::string::npos);
 }
 
-TEST(Dispatch, EveryInstructionSetGivesTheSameLists) {
+TEST(Stages, EveryInstructionSetGivesTheSameLists) {
     const cpu::TileOps* tables[cpu::kMaxTileOps];
     cpu::list_tile_ops(tables);
     Call first({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, /*integers=*/true);
@@ -99,7 +97,7 @@ TEST(Dispatch, EveryInstructionSetGivesTheSameLists) {
               std::string::npos);
 }
 
-TEST(Dispatch, WindowsLargerThanTheContextAreDense) {
+TEST(Stages, WindowsLargerThanTheContextAreDense) {
     Call call = small_call();
     for (bool causal : {true, false})
         for (int64_t query_len : {1, 40}) {
@@ -116,7 +114,7 @@ TEST(Dispatch, WindowsLargerThanTheContextAreDense) {
         }
 }
 
-TEST(Dispatch, ErrorWordIsStickyUntilCleared) {
+TEST(Stages, ErrorWordIsStickyUntilCleared) {
     Call call = small_call();
     call.max_blocks = 1;
     call.block_indices.assign(static_cast<size_t>(call.lists()), 99);
@@ -135,7 +133,7 @@ TEST(Dispatch, ErrorWordIsStickyUntilCleared) {
     EXPECT_EQ(word, 0u);
 }
 
-TEST(Dispatch, StrictModeRaises) {
+TEST(Stages, StrictModeRaises) {
     Environment strict("CONDENSATE_STRICT", "1");
     for (const char* path : {"cpu", "cpu_reference"}) {
         Environment force("CONDENSATE_FORCE_PATH", path);
@@ -161,7 +159,7 @@ TEST(Dispatch, StrictModeRaises) {
     }
 }
 
-TEST(Dispatch, CudaWithoutCudaKernelsSaysWhatToDo) {
+TEST(Stages, CudaWithoutCudaKernelsSaysWhatToDo) {
     if (built_with_cuda()) GTEST_SKIP() << "this build has CUDA kernels";
     Call call = small_call();
     Executor executor;
@@ -173,7 +171,7 @@ TEST(Dispatch, CudaWithoutCudaKernelsSaysWhatToDo) {
     EXPECT_EQ(block_select_workspace_bytes(call.select_blocks(Selector::kBlock, 1), executor), 0);
 }
 
-TEST(Dispatch, EmptyProblemsWriteNothing) {
+TEST(Stages, EmptyProblemsWriteNothing) {
     Call call({DType::kFloat32, 1, 1, 1, 0, 10, 8, 4, 0, true, 0});
     EXPECT_TRUE(attention(call.attention(), threaded()).ok());
     EXPECT_TRUE(select_tokens(call.select_tokens(3), threaded()).ok());
