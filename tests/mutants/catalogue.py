@@ -529,6 +529,48 @@ CPU = (
         "p.query_len + s.slot[row]], lse_full)",
         "test_states.py omitted_mass_against",
     ),
+    Mutant(
+        "plan_calls_dense_covered",
+        "host/call.cc",
+        "return Selection::kDense;",
+        "return Selection{0};",
+        "test_plan.py attending_to_everything",
+    ),
+    Mutant(
+        "plan_of_ranges_counts_every_key",
+        "host/call.cc",
+        "range_keys(p, call.far_field) + call.max_blocks * kBlockKeys",
+        "p.kv_len + call.max_blocks * kBlockKeys",
+        "test_plan.py ranges_alone",
+    ),
+    Mutant(
+        "plan_without_its_workspace",
+        "torch/diagnostics.cc",
+        'field("workspace_bytes", plan.workspace_bytes)',
+        'field("workspace_bytes", int64_t{0})',
+        "test_plan.py workspace_is_counted",
+    ),
+    Mutant(
+        "exact_estimate_of_the_support_alone",
+        "host/call_stages.h",
+        "omitted.lse_full = select.lse_full;",
+        "omitted.lse_full = attention_.lse;",
+        "test_states.py estimate and exact",
+    ),
+    Mutant(
+        "lists_made_for_no_far_field",
+        "host/call_stages.h",
+        "select.far_field = call_.far_field;",
+        "select.far_field = call_.far_field && call_.given_lists;",
+        "test_far_field.py its_stages_one_after",
+    ),
+    Mutant(
+        "forced_path_not_taken",
+        "host/plan.cc",
+        "plan->path = route->path;",
+        "plan->path = routes[count - 2].path;",
+        "test_paths.py forced_path_is_the_one",
+    ),
 )
 
 CUDA = (
