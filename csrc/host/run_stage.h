@@ -80,6 +80,11 @@ Status run_stage(const Params& params, const StagePlan& plan, const Context& con
                            "%s: the plan's path is %s, which cannot run this call: %s; plan it "
                            "with the tensors that it runs with.",
                            stage_name(plan.stage), path_name(plan.path), obstacle);
+    if (plan.workspace_bytes > 0 && table.workspace(params) == nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: workspace is null, expected a pointer to %lld bytes; allocate "
+                           "them on the tensors' device.",
+                           stage_name(plan.stage), static_cast<long long>(plan.workspace_bytes));
     Launch launch(context);
     Status status = launch.prepare();
     if (!status.ok()) return status;

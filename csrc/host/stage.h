@@ -44,6 +44,7 @@ struct StageTable {
     bool (*reads_indices)(const Params& params);
     Route<Params> routes[kMaxRoutes];  // those of CUDA, then those of the CPU, the best first
     int num_routes;
+    const void* (*workspace)(const Params& params) = nullptr;  // where a route needs some
 
     const Route<Params>* route(Path path) const {
         for (int i = 0; i < num_routes; ++i)

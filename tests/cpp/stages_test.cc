@@ -1,4 +1,6 @@
-// The public API end to end on the CPU: which path ran, strict mode, the error word, merging.
+// The stages end to end on the CPU: which path ran, strict mode, the error word, merging.
+#include "host/stages/stages.h"
+
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -10,15 +12,16 @@
 #include "condensate/condensate.h"
 #include "cpu/kernels.h"
 #include "cpu/tile_ops.h"
+#include "host/run_stage.h"
 
 namespace condensate::testing {
 namespace {
 
 // Sets an environment variable for one scope.
-class Environment {
+class Variable {
   public:
-    Environment(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
-    ~Environment() { unsetenv(name_); }
+    Variable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+    ~Variable() { unsetenv(name_); }
 
   private:
     const char* name_;
@@ -31,7 +34,7 @@ TEST(Stages, ForcedPathsRunAndAgree) {
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
     EXPECT_EQ(last_plan().stages[0].path, Path::kCpu);
     std::vector<float> lse = call.lse;
-    Environment force("CONDENSATE_FORCE_PATH", "cpu_reference");
+    Variable force("CONDENSATE_FORCE_PATH", "cpu_reference");
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
     EXPECT_EQ(last_plan().stages[0].path, Path::kCpuReference);
     EXPECT_EQ(last_plan().stages[0].stage, Stage::kAttention);
@@ -40,7 +43,7 @@ TEST(Stages, ForcedPathsRunAndAgree) {
 
 TEST(Stages, EveryStageRunsOnBothCpuPaths) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Call call = small_call();
         const Executor executor = threaded();
         ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kQuest), executor).ok());
@@ -62,7 +65,7 @@ TEST(Stages, EveryStageRunsOnBothCpuPaths) {
 }
 
 TEST(Stages, ImpossibleForcedPathIsAnError) {
-    Environment force("CONDENSATE_FORCE_PATH", "simt");
+    Variable force("CONDENSATE_FORCE_PATH", "simt");
     Call call = small_call();
     Status status = attention(call.attention(), Executor{});
     EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
@@ -75,7 +78,7 @@ TEST(Stages, EveryInstructionSetGivesTheSameLists) {
     Call first({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, /*integers=*/true);
     for (const cpu::TileOps* table : tables) {
         if (table == nullptr) break;
-        Environment force("CONDENSATE_CPU_ISA", table->name);
+        Variable force("CONDENSATE_CPU_ISA", table->name);
         EXPECT_STREQ(cpu::isa_name(), table->name);
         Call call({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, true);
         ASSERT_TRUE(select_tokens(call.select_tokens(60), threaded()).ok());
@@ -91,7 +94,7 @@ TEST(Stages, EveryInstructionSetGivesTheSameLists) {
             ASSERT_NEAR(call.lse[row], first.lse[row], 1e-4) << table->name;
     }
     first.threshold.clear();  // the lists are enough
-    Environment force("CONDENSATE_CPU_ISA", "mmx");
+    Variable force("CONDENSATE_CPU_ISA", "mmx");
     Status status = attention(first.attention(), Executor{});
     EXPECT_NE(std::string(status.message).find("CONDENSATE_CPU_ISA is \"mmx\", expected one of"),
               std::string::npos);
@@ -134,9 +137,9 @@ TEST(Stages, ErrorWordIsStickyUntilCleared) {
 }
 
 TEST(Stages, StrictModeRaises) {
-    Environment strict("CONDENSATE_STRICT", "1");
+    Variable strict("CONDENSATE_STRICT", "1");
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Call call = small_call();
         ASSERT_TRUE(attention(call.attention(), Executor{}).ok());
         call.sampled = {0, 40};
@@ -186,6 +189,20 @@ TEST(Stages, EmptyProblemsWriteNothing) {
     EXPECT_EQ(no_keys.out_at(2, 7), 0.0f);
 }
 
+TEST(Stages, AMissingWorkspaceIsNamed) {
+    Call call = small_call();
+    ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kMean), Executor{}).ok());
+    const BlockSelectParams params = call.select_blocks(Selector::kMean, 1);
+    Context context;
+    ASSERT_TRUE(make_context(Executor{}, &context).ok());
+    Plan plan;
+    ASSERT_TRUE(plan_alone(params, context.facts, context.environment, &plan).ok());
+    plan.stages[0].workspace_bytes = 100;  // as on CUDA
+    EXPECT_STREQ(run_stage(params, plan.stages[0], context).message,
+                 "select_blocks: workspace is null, expected a pointer to 100 bytes; allocate them "
+                 "on the tensors' device.");
+}
+
 struct Merge {
     std::vector<float> out_a, out_b, lse_a, lse_b;
     std::vector<float> out = std::vector<float>(8), lse = std::vector<float>(1);
@@ -199,7 +216,7 @@ struct Merge {
 
 TEST(MergeStates, WeightsByTheSoftmaxSums) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Merge half(2.0f, 1.0f, 4.0f, 1.0f);
         EXPECT_FLOAT_EQ(half.out[0], 3.0f);
         EXPECT_FLOAT_EQ(half.lse[0], 1.0f + std::log(2.0f));
@@ -214,7 +231,7 @@ TEST(MergeStates, WeightsByTheSoftmaxSums) {
 
 TEST(MergeStates, EmptySidesTakeNoPart) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Merge left(2.0f, 0.5f, NAN, -INFINITY);
         EXPECT_EQ(left.out[0], 2.0f);
         EXPECT_EQ(left.lse[0], 0.5f);

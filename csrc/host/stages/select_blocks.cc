@@ -98,7 +98,8 @@ const StageTable<P>& table_of(const P&) {
               reference::select_blocks<double>(p);
               return Status{};
           }}},
-        5};
+        5,
+        [](const P& p) -> const void* { return p.workspace; }};
     return kTable;
 }
 
