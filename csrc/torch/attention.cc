@@ -172,7 +172,10 @@ Call policy_call(const char* op, const Tensor& query, const Tensor& key, const T
     const Selector selector = parse_selector(op, selector_number);
     const bool condenses = resolve_far_field(op, far_field, selector);
     check_budget(op, budget, selector);
-    return checked_call(op, query, key, value, mask, selector, budget, condenses);
+    Call call = checked_call(op, query, key, value, mask, selector, budget, condenses);
+    // Whether blocks are ranked depends on the length, what the call accepts must not.
+    check_status(validate_ranking_scale(op, call.attention.problem.scale, selector));
+    return call;
 }
 
 }  // namespace
