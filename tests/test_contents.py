@@ -28,6 +28,7 @@ def test_garbage_lists_are_skipped_and_reported(device, seed, dtype):
         )  # fmt: skip
         condensate_ext.read_error_word(device)
         assert check_case(case).probes > 0
+        _attend(case, *case.lists())
         assert condensate_ext.read_error_word(device) & ErrorWord.BLOCK_INDEX
         assert condensate_ext.read_error_word(device) == ErrorWord.NONE, "reading clears the word"
 
