@@ -349,9 +349,7 @@ def test_hostile_lists_condense_what_they_do_not_name(device, seed):
             device, seed, torch.float16, batch=2, group=group, query_len=150, kv_len=9000,
             topk=640, selector="hostile", far_field=True,
         )  # fmt: skip
-        condensate_ext.read_error_word(device)
         assert check_case(case).probes > 0
-        assert condensate_ext.read_error_word(device) != condensate_ext.ErrorWord.NONE
 
 
 # ---- What it costs ----

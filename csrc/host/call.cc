@@ -64,10 +64,11 @@ Status check_call(const AttentionCall& call) {
         params.omitted_mass_estimate = call.omitted_mass_estimate;
     Status status = validate(params);
     if (!status.ok() || call.given_lists) return status;
-    status = validate_budget(call.topk, call.selector);
-    if (!status.ok())
-        return make_status(StatusCode::kInvalidArgument, "%s: %s", kOp,
-                           std::string(status.message).c_str());
+    status = validate_topk(kOp, call.topk, call.selector);
+    // Whether blocks are ranked depends on the length, what the call accepts must not.
+    if (status.ok()) status = validate_ranking_scale(kOp, call.problem.scale, call.selector);
+    if (status.ok() && call.top_p != 0.0f) status = validate_top_p(kOp, call.top_p, "0");
+    if (!status.ok()) return status;
     return check_selector(call);
 }
 
@@ -93,37 +94,41 @@ constexpr int64_t kWord = 4;
 int64_t lay_out_far_field(const AttentionCall& call, bool makes_key_means, int64_t begin,
                           CallArrays* arrays) {
     const Problem& p = call.problem;
-    const int64_t elements = p.batch * p.kv_heads * p.head_dim;
-    const int64_t mean_bytes = elements * num_blocks(p.kv_len) * dtype_bytes(p.dtype);
+    const int64_t element = dtype_bytes(p.dtype);
+    auto rows_of_heads = [&](int64_t rows, int64_t bytes) {
+        return array_bytes({p.batch, p.kv_heads, rows, p.head_dim}, bytes);
+    };
     Layout layout(begin);
-    if (makes_key_means) arrays->key_means = layout.reserve(mean_bytes);
-    arrays->value_means = layout.reserve(mean_bytes);
-    arrays->pool_sums = layout.reserve(2 * elements * num_far_sums(p.kv_len) * kWord);
-    arrays->pool_means =
-        layout.reserve(2 * elements * num_far_pools(p.kv_len) * dtype_bytes(p.dtype));
+    if (makes_key_means)
+        arrays->key_means = layout.reserve(rows_of_heads(num_blocks(p.kv_len), element));
+    arrays->value_means = layout.reserve(rows_of_heads(num_blocks(p.kv_len), element));
+    arrays->pool_sums = layout.reserve(rows_of_heads(2 * num_far_sums(p.kv_len), kWord));
+    arrays->pool_means = layout.reserve(rows_of_heads(2 * num_far_pools(p.kv_len), element));
     return layout.end();
 }
 
 // Sets the arrays and the bytes of all but the stages' own workspace.
 void lay_out(const AttentionCall& call, Plan* plan) {
     const Problem& p = call.problem;
-    const int64_t rows = p.batch * p.query_heads * p.query_len;
+    const int64_t a_word_a_row = array_bytes({p.batch, p.query_heads, p.query_len}, kWord);
     Layout layout;
     CallArrays& arrays = plan->arrays;
     if (plan->selection == Selection::kTokens) {
-        arrays.threshold = layout.reserve(rows * kWord);
-        arrays.tie_index = layout.reserve(rows * kWord);
-        if (call.omitted_mass_estimate && !call.lse) arrays.lse = layout.reserve(rows * kWord);
+        arrays.threshold = layout.reserve(a_word_a_row);
+        arrays.tie_index = layout.reserve(a_word_a_row);
+        if (call.omitted_mass_estimate && !call.lse) arrays.lse = layout.reserve(a_word_a_row);
     }
     bool makes_key_means = true;
     if (plan->selection == Selection::kBlocks) {
+        const int64_t rows = summary_rows(call.selector, p.kv_len);
         const int64_t dim = summary_dim(call.selector, static_cast<int>(p.head_dim));
-        const int64_t lists = p.batch * p.kv_heads * num_tiles(p.query_len, p.group());
+        const int64_t tiles = num_tiles(p.query_len, p.group());
+        const int64_t width = list_width(call, plan->selection);
         arrays.summaries =
-            layout.reserve(p.batch * p.kv_heads * summary_rows(call.selector, p.kv_len) * dim *
-                           dtype_bytes(p.dtype));
-        arrays.block_indices = layout.reserve(lists * list_width(call, plan->selection) * kWord);
-        arrays.block_counts = layout.reserve(lists * kWord);
+            layout.reserve(array_bytes({p.batch, p.kv_heads, rows, dim}, dtype_bytes(p.dtype)));
+        arrays.block_indices =
+            layout.reserve(array_bytes({p.batch, p.kv_heads, tiles, width}, kWord));
+        arrays.block_counts = layout.reserve(array_bytes({p.batch, p.kv_heads, tiles}, kWord));
         makes_key_means = !selector_traits(call.selector).has_block_means;
     }
     arrays.shared = layout.end();

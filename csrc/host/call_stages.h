@@ -2,11 +2,22 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 
 #include "condensate/call.h"
 #include "host/number.h"
 
 namespace condensate {
+
+// At most 2^58, far more than there is: sums of some such sizes do not overflow.
+inline int64_t array_bytes(std::initializer_list<int64_t> sizes, int64_t element_bytes) {
+    constexpr int64_t kMost = int64_t{1} << 58;
+    int64_t bytes = element_bytes;
+    for (int64_t size : sizes)
+        if (size == 0) return 0;
+    for (int64_t size : sizes) bytes = bytes > kMost / size ? kMost : bytes * size;
+    return bytes;
+}
 
 // Where arrays lie in memory that holds all of them.
 class Layout {

@@ -74,10 +74,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     const Argument query_argument{op, "query", query}, summary_argument{op, "summaries", summaries};
     BlockSelectParams params;
     params.selector = parse_selector(op, selector);
-    if (params.selector == Selector::kExact)
-        fail(op,
-             "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
-             "single keys: use select_tokens.");
+    check_status(validate_block_selector(op, params.selector));
     const Budget budget{topk, topk_per_head, top_p};
     check_budget(op, budget, params.selector);
     params.query = view4(query_argument);
@@ -94,7 +91,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     problem.anchors = anchors;
     problem.causal = causal;
     problem.scale = resolve_scale(scale, problem.head_dim);
-    check_group(op, problem.query_heads, problem.kv_heads);
+    check_status(validate_heads(op, problem.query_heads, "summaries", problem.kv_heads));
     check_summaries(summary_argument, query_argument, problem, params.selector);
 
     params.summaries = summaries.const_data_ptr();

@@ -29,6 +29,8 @@ WHOLE = "test_block_selection.py attended_as_a_whole"
 KEYS = "test_block_selection.py single_query"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
+WEIGHTLESS = "test_states.py without_weight"
+NOT_FINITE = "test_contents.py stays_in_its_column"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
 FAR_POOLS = "test_far_field.py pool_borders and 0-130"
 FAR_REFERENCE = "test_far_field.py edges_on_every_path and 64-2-1"
@@ -523,6 +525,62 @@ CPU = (
         MERGING,
     ),
     Mutant(
+        "merge_of_a_weightless_first_state",
+        "cpu/merge_states.cc",
+        "if (w.a != 0.0f) out",
+        "if (true) out",
+        WEIGHTLESS,
+    ),
+    Mutant(
+        "merge_of_a_weightless_second_state",
+        "cpu/merge_states.cc",
+        "if (w.b != 0.0f) out",
+        "if (true) out",
+        WEIGHTLESS,
+    ),
+    Mutant(
+        "masked_values_that_are_not_finite",
+        "cpu/attention.cc",
+        "if (weight == 0.0f) continue;",
+        "",
+        NOT_FINITE,
+    ),
+    Mutant(
+        "exact_estimate_below_zero",
+        "cpu/omitted_mass.cc",
+        "if (omitted < 0.0f) return 0.0f;",
+        "",
+        "test_states.py negative",
+    ),
+    Mutant(
+        "counts_of_empty_lists_unread",
+        "cpu/attention.cc",
+        "if (params_.block_counts != nullptr)",
+        "if (params_.block_counts != nullptr && params_.max_blocks > 0)",
+        "test_contents.py without_places",
+    ),
+    Mutant(
+        "share_rounded_to_none",
+        "torch/policy.h",
+        "constexpr float kSmallest = std::numeric_limits<float>::min();",
+        "constexpr float kSmallest = 0.0f;",
+        "test_arguments.py below_float32",
+    ),
+    Mutant(
+        "scale_checked_where_blocks_are_ranked",
+        "host/call.cc",
+        "if (status.ok()) status = validate_ranking_scale(kOp, call.problem.scale, call.selector);",
+        "",
+        "test_arguments.py positive_scale",
+    ),
+    Mutant(
+        "any_group_of_heads",
+        "host/validate.cc",
+        "query_heads % kv_heads == 0 && query_heads / kv_heads <= kMaxGroup)",
+        "query_heads >= kv_heads)",
+        "test_arguments.py tensor_arguments",
+    ),
+    Mutant(
         "audit_of_another_row",
         "cpu/omitted_mass.cc",
         "p.query_len + s.rows.query[row]], lse_full)",
@@ -574,6 +632,22 @@ CPU = (
 )
 
 CUDA = (
+    Mutant(
+        "cuda_merge_of_a_weightless_state",
+        "kernels/merge_states/common/merge_states.cu",
+        "return weight == 0.0f ? 0.0f : weight * to_float(value);",
+        "return weight * to_float(value);",
+        WEIGHTLESS,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_counts_of_empty_lists_unread",
+        "device/tile_walk.h",
+        "if (params.block_counts) {",
+        "if (params.block_indices) {",
+        "test_contents.py without_places",
+        "cuda",
+    ),
     Mutant(
         "cuda_barrier_removed",
         "kernels/attention/sm80/kernel.h",
