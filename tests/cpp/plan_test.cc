@@ -1,11 +1,9 @@
 // Plans are pure functions of the call, the device and the environment: every rule is tested
 // without a device.
-#include <cstdlib>
 #include <string>
 
 #include <gtest/gtest.h>
 
-#include "condensate/layout.h"
 #include "host/call.h"
 #include "host/run_stage.h"
 #include "host/stages/stages.h"
@@ -356,61 +354,8 @@ TEST(Plan, PrintsWhatItDoes) {
               "  attention: path=sm90 (half precision, aligned, sm 9.0), 128 tiles");
 }
 
-TEST(Plan, EnvironmentNamesAPath) {
-    Environment environment;
-    unsetenv("CONDENSATE_FORCE_PATH");
-    EXPECT_TRUE(read_environment(&environment).ok());
-    EXPECT_FALSE(environment.forced);
-    for (Path path : {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt, Path::kSm90}) {
-        setenv("CONDENSATE_FORCE_PATH", path_name(path), 1);
-        EXPECT_TRUE(read_environment(&environment).ok());
-        EXPECT_TRUE(environment.forced);
-        EXPECT_EQ(environment.path, path);
-    }
-    setenv("CONDENSATE_FORCE_PATH", "gpu", 1);
-    EXPECT_STREQ(
-        read_environment(&environment).message,
-        "CONDENSATE_FORCE_PATH is \"gpu\", expected cpu_reference, cpu, sm80, simt or sm90; "
-        "unset it to let the plan choose.");
-    unsetenv("CONDENSATE_FORCE_PATH");
-}
-
-TEST(Plan, EnvironmentTurnsStrictModeOn) {
-    Environment environment;
-    for (const char* value : {"1", "0", ""}) {
-        setenv("CONDENSATE_STRICT", value, 1);
-        EXPECT_TRUE(read_environment(&environment).ok());
-        EXPECT_EQ(environment.strict, value[0] == '1');
-    }
-    unsetenv("CONDENSATE_STRICT");
-}
-
-TEST(Layout, AlignmentLooksAtPointersAndStridesInBytes) {
-    alignas(16) char memory[64];
-    const Extents extents = {2, 2, 2};
-    ConstTensor4 tensor{memory, 64, 32, 8};
-    EXPECT_TRUE(is_aligned16(tensor, DType::kFloat16, extents));
-    tensor.stride_seq = 4;
-    EXPECT_FALSE(is_aligned16(tensor, DType::kFloat16, extents));
-    EXPECT_TRUE(is_aligned16(tensor, DType::kFloat32, extents));
-    EXPECT_TRUE(is_aligned16(tensor, DType::kFloat16, {2, 2, 1}));  // never stepped over
-    tensor.data = memory + 8;
-    EXPECT_FALSE(is_aligned16(tensor, DType::kFloat32, extents));
-    EXPECT_TRUE(is_aligned16(ConstTensor4{}, DType::kFloat32, extents));
-    EXPECT_TRUE(is_aligned16(BlockMeans{memory, 64, 8}, DType::kFloat16, 2, 2));
-    EXPECT_FALSE(is_aligned16(BlockMeans{memory, 64, 12}, DType::kFloat16, 2, 2));
-    EXPECT_TRUE(is_aligned16(BlockMeans{memory, 64, 12}, DType::kFloat32, 2, 2));
-}
-
-TEST(Layout, TmaNeedsStridesAboveZero) {
-    const ConstTensor4 dense = {nullptr, 4096, 1024, 64}, shared = {nullptr, 0, 1024, 64};
-    EXPECT_TRUE(is_boxed(dense, {2, 4, 16}));
-    EXPECT_FALSE(is_boxed(shared, {2, 4, 16}));
-    EXPECT_TRUE(is_boxed(shared, {1, 4, 16}));  // the stride of an extent of 1 means nothing
-}
-
 // Everything that the attention reads by vectors counts.
-TEST(Layout, AttentionLooksAtTheFarField) {
+TEST(Plan, AttentionLooksAtTheFarField) {
     alignas(16) char memory[64];
     alignas(16) float sums[4];
     auto params = attention_of(DType::kFloat16);
