@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -160,14 +158,13 @@ def stage_record(name: str, ms: float, work: Work, ceilings: Ceilings) -> Record
 
 def planned_selection(case: Case) -> str:
     """What attention() does with this case: "blocks", or "dense" where that is faster."""
-    plan = importlib.import_module("condensate_ext._C").plan(
+    from condensate_ext import diagnostics
+
+    return diagnostics.plan(
         batch=1, query_heads=case.heads, kv_heads=case.kv_heads, query_len=case.n, kv_len=case.n,
-        head_dim=case.head_dim, dtype=case.dtype, window=case.window, anchors=case.anchors,
-        topk=case.topk, selector="block", causal=True, device_index=torch.cuda.current_device(),
-    )  # fmt: skip
-    found = re.search(r"selection=(\w+)", plan)
-    assert found is not None, plan
-    return found[1]
+        head_dim=case.head_dim, dtype=getattr(torch, case.dtype), window=case.window,
+        anchors=case.anchors, topk=case.topk, device="cuda",
+    ).selection  # fmt: skip
 
 
 def measure(case: Case, ops: ModuleType, ceilings: Ceilings, with_flex: bool) -> Record:

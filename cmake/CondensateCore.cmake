@@ -2,7 +2,7 @@
 
 set(csrc "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 file(GLOB core_sources CONFIGURE_DEPENDS
-  "${csrc}/host/*.cc" "${csrc}/reference/*.cc" "${csrc}/cpu/*.cc")
+  "${csrc}/host/*.cc" "${csrc}/host/stages/*.cc" "${csrc}/reference/*.cc" "${csrc}/cpu/*.cc")
 
 add_library(condensate_core STATIC ${core_sources})
 target_include_directories(condensate_core PUBLIC "${csrc}/include" "${csrc}")

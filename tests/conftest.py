@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.testkit.error_word import left_set
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -55,5 +57,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _clean_error_word() -> Iterator[None]:
-    """No test leaves a sticky error bit to the next one, or sets one it did not mean to."""
+    """No test leaves a sticky error bit to the next one, or sets one that it did not mean to."""
     yield
+    left = left_set()
+    assert not left, f"the test left the error word set: {left}"

@@ -3,11 +3,34 @@ and the fix. Every message is asserted."""
 
 from __future__ import annotations
 
+import re
+
 import condensate_ext as ops
 import pytest
 import torch
 
 from tests.testkit.cases import Case
+
+
+def _without_memory(value):
+    """The same argument as a meta tensor, in the same strides; other arguments as they are."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _refusal(name: str, args: tuple, kwargs: dict) -> str:
+    """The message that the op and its fake refuse a call with: one, unless it is about devices."""
+    with pytest.raises(ValueError) as caught:
+        getattr(ops, name)(*args, **kwargs)
+    message = str(caught.value)
+    if " is on " not in message:
+        shapes = tuple(map(_without_memory, args))
+        options = {key: _without_memory(value) for key, value in kwargs.items()}
+        with pytest.raises(ValueError) as of_fake:
+            getattr(ops, name)(*shapes, **options)
+        assert str(of_fake.value) == message
+    return message
 
 
 def _qkv(device: str, **changes: object):
@@ -19,10 +42,9 @@ def refused(device):
     """refused(op, args, kwargs, *parts): the call raises ValueError with all of these parts."""
 
     def check(name: str, args: tuple, kwargs: dict, *parts: str) -> None:
-        with pytest.raises(ValueError) as caught:
-            getattr(ops, name)(*args, **kwargs)
+        message = _refusal(name, args, kwargs)
         for part in (name, "expected", *parts):
-            assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+            assert part in message, f"{part!r} is not in: {message}"
 
     return check
 
@@ -43,18 +65,17 @@ POLICY_OPS = ("attention", "attention_forward")
         ({"selector": "best"}, ('selector is "best"', '"block", "quest", "mean" or "exact"')),
         ({"scale": float("nan")}, ("scale is nan", "a finite number", "None for 1/sqrt(head_dim)")),
         ({"scale": float("inf")}, ("scale is inf", "a finite number")),
-        ({"top_p": 0.0}, ("top_p is 0.0", "0 < top_p <= 1", "pass None")),
+        ({"top_p": 0.0}, ("top_p is 0,", "0 < top_p <= 1", "pass None")),
         ({"top_p": -0.5}, ("top_p is -0.5", "0 < top_p <= 1")),
         ({"top_p": 1.5}, ("top_p is 1.5", "0 < top_p <= 1")),
         ({"top_p": float("nan")}, ("top_p is nan", "0 < top_p <= 1")),
-        ({"top_p": 0.9, "selector": "exact"}, ("top_p is 0.9", '"exact"', "pass None")),
+        ({"top_p": 0.9, "selector": "exact"}, ("top_p is given", '"exact"', "pass None")),
     ],
 )
 def test_policy_arguments(device, name, arguments, parts):
-    with pytest.raises(ValueError) as caught:
-        getattr(ops, name)(*_qkv(device), **{"topk": 0, "window": 4, **arguments})
+    message = _refusal(name, _qkv(device), {"topk": 0, "window": 4, **arguments})
     for part in ("expected", *parts):
-        assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+        assert part in message, f"{part!r} is not in: {message}"
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0])
@@ -62,10 +83,12 @@ def test_selection_needs_a_positive_scale(device, scale):
     query, key, value = _qkv(device)
     units = ops.block_summaries(key)
     wanted = rf"scale is -?{abs(scale):g}, expected scale > 0.*negate the query instead"
-    with pytest.raises(ValueError, match=wanted):
-        ops.select_blocks(query, units, kv_len=200, topk=64, window=4, scale=scale)
-    with pytest.raises(ValueError, match=wanted):
-        ops.attention(query, key, value, topk=64, window=4, anchors=0, scale=scale)
+    options = {"topk": 64, "window": 4, "scale": scale}
+    assert re.search(wanted, _refusal("select_blocks", (query, units), {**options, "kv_len": 200}))
+    for length in (200, 64, 0):  # also where the budget covers the keys, so that none is ranked
+        qkv = (query, key[:, :, :length], value[:, :, :length])
+        assert re.search(wanted, _refusal("attention", qkv, options))
+    ops.attention(query, key, value, selector="exact", topk=5, window=4, scale=scale)
 
 
 @pytest.mark.parametrize("name", (*POLICY_OPS, "select_blocks"))
@@ -94,8 +117,8 @@ def test_budgets_of_heads(refused, device, name):
 @pytest.mark.parametrize("name", POLICY_OPS)
 def test_single_keys_have_no_far_field(device, name):
     wanted = r'far_field is True with selector="exact", expected None or False.*pass far_field=None'
-    with pytest.raises(ValueError, match=wanted):
-        getattr(ops, name)(*_qkv(device), selector="exact", far_field=True)
+    message = _refusal(name, _qkv(device), {"selector": "exact", "far_field": True})
+    assert re.search(wanted, message)
     for far_field in (None, False):
         getattr(ops, name)(*_qkv(device), selector="exact", far_field=far_field)
 
@@ -120,6 +143,8 @@ def _tensor_faults(device: str):
     yield query[:, :0], key, value, ("query has 0 heads and key has 2", "expected a multiple")
     many = torch.zeros(2, 130, 9, 64, device=device)
     yield many, key, value, ("query has 130 heads and key has 2", "1 to 64 times")
+    yield query, key[:, :0], value[:, :0], ("query has 4 heads and key has 0", "a multiple")
+    yield query.to(torch.complex64), key, value, ("query has dtype complex64", "float16, bfloat16")
     yield wide, wide, wide, ("head_dim is 264", "multiple of 8 from 8 to 256", "at most 256")
     yield odd, odd, odd, ("head_dim is 12", "multiple of 8", "pad the last dimension", "to 16")
     if device == "cuda":
@@ -129,10 +154,9 @@ def _tensor_faults(device: str):
 def test_tensor_arguments(device):
     count = 0
     for *tensors, parts in _tensor_faults(device):
-        with pytest.raises(ValueError) as caught:
-            ops.attention(*tensors)
+        message = _refusal("attention", tuple(tensors), {})
         for part in parts:
-            assert part in str(caught.value), f"{part!r} is not in: {caught.value}"
+            assert part in message, f"{part!r} is not in: {message}"
         count += 1
     assert count >= 14
 
@@ -155,8 +179,9 @@ def test_given_lists(refused, device):
     if device == "cuda":
         bad(indices.cpu(), counts, "block_indices is on cpu and query on cuda:0")
     wide = torch.zeros(1, 2, 9, 12, device=device)
-    with pytest.raises(ValueError, match=r"^attention: head_dim is 12"):
-        ops.block_sparse_attention(wide, wide, wide, indices, counts, far_field=True)
+    five = (wide, wide, wide, indices, counts)
+    message = _refusal("block_sparse_attention", five, {"far_field": True})
+    assert message.startswith("attention: head_dim is 12")
 
 
 def test_selection_arguments(refused, device):
@@ -185,7 +210,7 @@ def test_selection_arguments(refused, device):
     bad({"window": -2}, "window is -2")
     bad({}, "summaries has dtype float16", "expected one dtype", u=units.half())
     bad({}, "summaries has stride", "summaries.contiguous()", u=units.mT.contiguous().mT[..., :])
-    bad({"top_p": 0.0}, "top_p is 0.0", "0 < top_p <= 1", "pass None")
+    bad({"top_p": 0.0}, "top_p is 0,", "0 < top_p <= 1", "pass None")
     bad({"key": key[0]}, "key has shape [1, 200, 64]", "4 dimensions")
     bad({"key": key[:, :, :199]}, "key has shape [1, 1, 199, 64]", "kv_len", "were summarised")
     bad({"key": key[..., :32]}, "key has shape [1, 1, 200, 32]", "head_dim")
@@ -212,3 +237,106 @@ def test_state_arguments(refused, device):
     refused("merge_states", (strided, lse, out, lse), {}, "out_a is not contiguous")
     odd = torch.zeros(1, 1, 9, 12, device=device)
     refused("merge_states", (odd, lse, odd, lse), {}, "head_dim is 12", "multiple of 8")
+
+
+TYPES = [
+    ("attention", {"causal": None}, "causal is of type NoneType, expected True or False"),
+    ("attention", {"causal": 1}, "causal is 1 of type int, expected True or False"),
+    ("attention", {"causal": "no"}, "causal is 'no' of type str"),
+    ("attention", {"window": None}, "window is of type NoneType, expected an int"),
+    ("attention", {"window": 2.5}, "window is 2.5 of type float, expected an int"),
+    ("attention", {"anchors": True}, "anchors is True of type bool, expected an int"),
+    (
+        "attention",
+        {"topk": torch.tensor(64)},
+        "topk is of type Tensor, expected an int; call .item",
+    ),
+    ("attention", {"topk": 2**70}, f"topk is {2**70}, expected an int of 64 bits"),
+    ("attention", {"scale": "1"}, "scale is '1' of type str, expected a number or None"),
+    ("attention", {"top_p": [0.5]}, "top_p is of type list, expected a number or None"),
+    ("attention", {"far_field": "x"}, "far_field is 'x' of type str, expected True, False or None"),
+    (
+        "attention",
+        {"topk_per_head": [64]},
+        "topk_per_head is of type list, expected a torch.Tensor",
+    ),
+    ("attention", {"value": None}, "value is of type NoneType, expected a torch.Tensor; pass one"),
+    ("attention_forward", {"key": [1]}, "key is of type list, expected a torch.Tensor"),
+    ("select_tokens", {"key": 3}, "key is 3 of type int, expected a torch.Tensor"),
+    ("select_tokens", {"causal": None}, "causal is of type NoneType"),
+]
+
+
+@pytest.mark.parametrize("name, changes, wanted", TYPES)
+def test_types(refused, device, name, changes, wanted):
+    """torch would take None and a bool for something else, and refuse others in its own words."""
+    tensors = dict(zip(("query", "key", "value"), _qkv(device), strict=True))
+    if name == "select_tokens":
+        del tensors["value"]
+    refused(name, (), {**tensors, **changes}, wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_tensors_that_are_not_plain(device, place):
+    ragged = [torch.zeros(9, 64, device=device), torch.zeros(5, 64, device=device)]
+    for make, wanted in (
+        (torch.Tensor.to_sparse, r"is sparse, expected a plain.*\.to_dense\(\)"),
+        (lambda t: t[0, 0].to_sparse_csr(), "is sparse"),
+        (lambda _: torch.nested.nested_tensor(ragged), "is nested.*pad it"),
+        (lambda _: torch.nested.nested_tensor(ragged, layout=torch.jagged), "is nested"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), r"is quantized.*dequantize"),
+        (lambda t: t.cpu().to_mkldnn(), "is in a layout of a library.*to_dense"),
+    ):
+        tensors = list(_qkv(device))
+        tensors[place] = make(tensors[place])
+        name = ("query", "key", "value")[place]
+        with pytest.raises(ValueError, match=f"^attention: {name} {wanted}"):
+            ops.attention(*tensors)
+
+
+def _calls_with_tensors(device: str):
+    """Of every op: its name, its tensors in order, and the other arguments."""
+    query, key, value = _qkv(device)
+    lse = torch.zeros(query.shape[:3], device=device)
+    rows = torch.zeros(2, dtype=torch.int64, device=device)
+    budgets = torch.full((1,), 64, dtype=torch.int32, device=device)
+    units = ops.block_summaries(key)
+    lists = ops.select_blocks(query, units, kv_len=200, topk=64)
+    policy = {"topk": 64, "topk_per_head": budgets}
+    yield "attention", (query, key, value), policy
+    yield "attention_forward", (query, key, value), policy
+    yield "select_blocks", (query, units, key), {**policy, "kv_len": 200}
+    yield "select_tokens", (query, key), {}
+    yield "block_sparse_attention", (query, key, value, *lists), {}
+    yield "omitted_mass", (query, key, lse), {"rows": rows}
+    yield "merge_states", (query, lse, query.clone(), lse.clone()), {}
+
+
+def test_no_tensor_may_be_a_meta_tensor_beside_others(device):
+    """The result would be memory that nobody wrote."""
+    tried = 0
+    for name, tensors, options in _calls_with_tensors(device):
+        for place in range(len(tensors)):
+            mixed = [_without_memory(t) if i == place else t for i, t in enumerate(tensors)]
+            with pytest.raises(ValueError, match=f"^{name}: .* is on .*, expected one device"):
+                getattr(ops, name)(*mixed, **options)
+            tried += 1
+        for key, value in options.items():
+            if isinstance(value, torch.Tensor):
+                with pytest.raises(ValueError, match=f"^{name}: {key} is on meta and query on "):
+                    getattr(ops, name)(*tensors, **{**options, key: _without_memory(value)})
+                tried += 1
+    assert tried >= 24
+
+
+def test_a_share_below_float32_is_still_a_share(device):
+    """1e-46 is 0 in float32, and 0 would mean lists of topk keys."""
+    query, key, _ = _qkv(device)
+    counts = [
+        ops.select_blocks(
+            query, ops.block_summaries(key), kv_len=200, topk=64, window=4, anchors=0, top_p=top_p
+        )[1]
+        for top_p in (1e-46, 1e-30, None)
+    ]
+    assert torch.equal(counts[0], counts[1]) and not torch.equal(counts[0], counts[2])

@@ -12,6 +12,7 @@ from tests.testkit import oracle
 from tests.testkit.cases import Case
 from tests.testkit.checks import check_case
 from tests.testkit.definition import DTYPES, listed_blocks, support_of_lists
+from tests.testkit.error_word import left_set
 
 
 def _attend(case: Case, indices: torch.Tensor, counts: torch.Tensor):
@@ -27,6 +28,7 @@ def test_garbage_lists_are_skipped_and_reported(device, seed, dtype):
         )  # fmt: skip
         condensate_ext.read_error_word(device)
         assert check_case(case).probes > 0
+        _attend(case, *case.lists())
         assert condensate_ext.read_error_word(device) & ErrorWord.BLOCK_INDEX
         assert condensate_ext.read_error_word(device) == ErrorWord.NONE, "reading clears the word"
 
@@ -65,6 +67,27 @@ def test_each_kind_of_bad_list(device, monkeypatch, entries, count, expected):
         with pytest.raises(ValueError, match=f"{wanted}.*skipped; fix them"):
             _attend(case, indices, counts)
         assert condensate_ext.read_error_word(device) == ErrorWord.NONE, "the raise cleared it"
+
+
+@pytest.mark.parametrize("count, expected", [(0, ErrorWord.NONE), (1, ErrorWord.BLOCK_COUNT),
+                                             (-1, ErrorWord.BLOCK_COUNT)])  # fmt: skip
+def test_counts_of_lists_without_places(device, count, expected):
+    case = Case(device, query_len=70, kv_len=160)
+    indices = torch.empty(1, 1, 2, 0, dtype=torch.int32, device=device)
+    counts = torch.full((1, 1, 2), count, dtype=torch.int32, device=device)
+    condensate_ext.read_error_word(device)
+    out, lse = _attend(case, indices, counts)
+    assert condensate_ext.read_error_word(device) == expected
+    oracle.assert_matches(oracle.attention(*case.tensors(), case.ranges.always()), out, lse)
+
+
+def test_a_set_word_is_noticed_after_a_test(device):
+    """Every test ends with this look at the words."""
+    assert left_set() == {}
+    indices = torch.full((1, 1, 2, 1), -1, dtype=torch.int32, device=device)
+    _attend(Case(device, query_len=70, kv_len=160), indices, torch.ones_like(indices[..., 0]))
+    assert left_set() == {device: ErrorWord.BLOCK_INDEX}
+    assert left_set() == {}, "looking cleared it"
 
 
 def test_a_block_past_the_tile_is_valid_and_attends_nothing(device):
@@ -145,3 +168,5 @@ def test_a_value_that_is_not_finite_stays_in_its_column_and_block(device, dtype,
     elsewhere = torch.cat([out[:, :, :64], out[:, :, 192:]], 2)
     assert elsewhere.isfinite().all()
     assert (~reference.finite).sum() == 10
+    if device == "cpu":  # which leaves masked keys out of such a block's sums
+        assert torch.equal(out.isfinite(), reference.finite)

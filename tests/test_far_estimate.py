@@ -36,7 +36,7 @@ def _chosen(case: Case, query: Tensor, key: Tensor) -> Tensor:
 def _check(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[far_field.Estimate, Tensor]:
     """The estimate by the definition and the call's own, which agree."""
     estimate = _forward(case, qkv)[2]
-    assert "selection=given" in condensate_ext.last_plan() or case.topk == 0
+    assert condensate_ext.last_plan().selection == "blocks"
     expected = far_estimate(case, _chosen(case, *qkv[:2]), qkv)
     far_field.check_estimate(expected, estimate)
     return expected, estimate

@@ -71,11 +71,12 @@ def test_a_forced_path_is_the_one_that_runs(device, monkeypatch, choice):
     path = path_of(device, choice)
     monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
     case = Case(device, dtype=torch.float16, kv_len=600)
-    plans = list(_all_ops(case))
+    ran = [plan.stages[-1] for plan in _all_ops(case)]
     stages = ["select_blocks", "select_tokens", "attention", "omitted_mass"]
-    assert [plan.split(":")[0] for plan in plans] == stages
-    ran = [path if stage in WITH_SM90 or path != "sm90" else "sm80" for stage in stages]
-    assert all(f"path={p} (forced" in plan for p, plan in zip(ran, plans, strict=True))
+    assert [stage.stage for stage in ran] == stages
+    paths = [path if stage in WITH_SM90 or path != "sm90" else "sm80" for stage in stages]
+    assert [stage.path for stage in ran] == paths
+    assert {stage.reason for stage in ran} == {"forced by CONDENSATE_FORCE_PATH"}
 
 
 @pytest.mark.parametrize("choice", [0, 1, 2])
@@ -120,11 +121,12 @@ def test_paths_without_force(device):
     half, single = (Case(device, dtype=t) for t in (torch.float16, torch.float32))
     portable, fallback = {"cpu": ("cpu", "cpu"), "cuda": ("sm80", "simt")}[device]
     for plan in _all_ops(half):
-        hopper = device == "cuda" and has_sm90() and plan.split(":")[0] in WITH_SM90
-        assert f"path={'sm90' if hopper else portable} (" in plan
+        stage = plan.stages[-1]
+        hopper = device == "cuda" and has_sm90() and stage.stage in WITH_SM90
+        assert stage.path == ("sm90" if hopper else portable)
     odd = Case(device, dtype=torch.float16, layouts=("misaligned",) * 3)
     for case in (single, odd):
-        assert all(f"path={fallback} (" in plan for plan in _all_ops(case))
+        assert all(plan.stages[-1].path == fallback for plan in _all_ops(case))
 
 
 def test_a_path_that_cannot_run_is_refused(device, monkeypatch):

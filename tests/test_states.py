@@ -72,6 +72,17 @@ def test_an_empty_state_is_neutral(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_state_without_weight_takes_no_part(device, dtype, bad):
+    """Whatever its output holds: 0 * NaN would be NaN."""
+    out, lse = _random_state((1, 2, 5), dtype, device, 3)
+    for weightless in (-torch.inf, lse.min() - 200):  # exp(-200) is 0 in float32
+        other = (torch.full_like(out, bad), torch.full_like(lse, weightless))
+        for merged in (ops.merge_states(out, lse, *other), ops.merge_states(*other, out, lse)):
+            assert torch.equal(merged[0], out) and torch.equal(merged[1], lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("query_len, kv_len", [(100, 400), (130, 70), (1, 1), (5, 0)])
 def test_omitted_mass_against_the_oracle(device, seed, dtype, causal, query_len, kv_len):
@@ -101,6 +112,17 @@ def test_omitted_mass_of_everything_is_zero(device):
     query, key, value = case.tensors()
     _, lse, _ = ops.attention_forward(query, key, value, topk=320, **case.attention_args)
     assert ops.omitted_mass(query, key, lse).max() <= 1e-4
+
+
+def test_rounding_makes_no_estimate_negative(device):
+    """Where nearly all mass is attended, the log-sum-exps of attended and of all keys differ by
+    rounding, either way."""
+    case = Case(device, group=4, query_len=300, kv_len=600, window=8, anchors=4)
+    for scale in (0.125, 0.25, 1.0):
+        _, _, estimate = ops.attention_forward(
+            *case.tensors(), topk=500, selector="exact", window=8, anchors=4, scale=scale
+        )
+        assert (estimate >= 0).all() and (estimate == 0).any() and (estimate > 0).any()
 
 
 @pytest.mark.parametrize("selector", ["block", "quest", "mean", "exact"])

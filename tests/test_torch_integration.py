@@ -202,6 +202,38 @@ def test_requires_grad_raises(device, name):
             getattr(ops, name)(*changed, **keywords)
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_forward_mode_raises(device, name):
+    """A tangent that the op ignored would be a derivative of 0."""
+    arguments, keywords = sound_call(name, small_case(device))
+    wanted = f"{name} has no forward-mode derivative, but an input carries a tangent"
+    for index, argument in enumerate(arguments):
+        if not argument.is_floating_point():
+            continue
+
+        def call(tracked: Tensor, index: int = index) -> object:
+            changed = (*arguments[:index], tracked, *arguments[index + 1 :])
+            return getattr(ops, name)(*changed, **keywords)
+
+        tangent = torch.ones_like(argument)
+        with pytest.raises(RuntimeError, match=wanted):
+            torch.func.jvp(call, (argument,), (tangent,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(argument, tangent)
+            with pytest.raises(RuntimeError, match=wanted):
+                call(dual)
+            call(argument)  # without a tangent there is nothing to lose
+        with torch.no_grad(), pytest.raises(RuntimeError, match=wanted):
+            torch.func.jvp(call, (argument,), (tangent,))
+
+
+def test_jacobians_raise(device):
+    small = torch.ones(1, 1, 2, 8, device=device)
+    for jacobian in (torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=r"attention (is forward-only|has no forward-mode)"):
+            jacobian(lambda key: ops.attention(small, key, small))(small)
+
+
 def test_keys_by_name_are_inputs_like_others(device):
     """The keys of select_blocks may be left out, so they may be named."""
     (query, units, key), keywords = sound_call("select_blocks", small_case(device, query_len=1))

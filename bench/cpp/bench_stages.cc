@@ -14,36 +14,23 @@
 namespace condensate::bench {
 namespace {
 
-using Stage = Status (StageData::*)() const;
+using Run = Status (*)(const StageData&);
 
-// The stages before `stage` fill what it reads.
-Status prepare(const StageData& data) {
-    Status status;
-    if (data.shape().selector == Selector::kExact) {
-        status = data.run_select_tokens();
-        return status.ok() ? data.run_attend_tokens() : status;
-    }
-    status = data.run_block_summaries();
-    if (status.ok()) status = data.run_select_blocks();
-    if (status.ok()) status = data.run_attend_lists();
-    return status;
-}
-
-void time_on_cpu(benchmark::State& state, const StageData& data, Stage stage) {
+void time_on_cpu(benchmark::State& state, const StageData& data, Run run) {
     for (auto _ : state) {
-        Status status = (data.*stage)();
+        Status status = run(data);
         if (!status.ok()) return state.SkipWithError(status.message);
     }
 }
 
 #if defined(CONDENSATE_WITH_CUDA)
-void time_on_cuda(benchmark::State& state, const StageData& data, Stage stage) {
+void time_on_cuda(benchmark::State& state, const StageData& data, Run run) {
     cudaEvent_t start, end;
     cudaEventCreate(&start);
     cudaEventCreate(&end);
     for (auto _ : state) {
         cudaEventRecord(start);
-        Status status = (data.*stage)();
+        Status status = run(data);
         cudaEventRecord(end);
         cudaError_t error = cudaEventSynchronize(end);
         float milliseconds = 0;
@@ -57,38 +44,51 @@ void time_on_cuda(benchmark::State& state, const StageData& data, Stage stage) {
 }
 #endif
 
-void run(benchmark::State& state, const Shape& shape, const Executor& executor, Stage stage) {
+void time_run(benchmark::State& state, const Shape& shape, const Executor& executor, Run run) {
     StageData data(shape, executor, /*seed=*/1);
-    Status status = prepare(data);
+    Status status = data.prepare();
+    if (status.ok()) status = data.run_call();  // fills what the stages read
     if (!status.ok()) return state.SkipWithError(status.message);
 #if defined(CONDENSATE_WITH_CUDA)
-    if (executor.cuda) return time_on_cuda(state, data, stage);
+    if (executor.cuda) return time_on_cuda(state, data, run);
 #endif
-    time_on_cpu(state, data, stage);
+    time_on_cpu(state, data, run);
+}
+
+template <Stage kStage>
+Status run_stage(const StageData& data) {
+    return data.run_stage(kStage);
 }
 
 struct Named {
     const char* name;
-    Stage stage;
+    Run run;
     Selector selector;
+    bool far_field;
 };
+constexpr Run kOmittedMass = [](const StageData& data) { return data.run_omitted_mass(); };
 constexpr Named kStages[] = {
-    {"block_summaries", &StageData::run_block_summaries, Selector::kBlock},
-    {"select_blocks", &StageData::run_select_blocks, Selector::kBlock},
-    {"attention_lists", &StageData::run_attend_lists, Selector::kBlock},
-    {"select_tokens", &StageData::run_select_tokens, Selector::kExact},
-    {"attention_tokens", &StageData::run_attend_tokens, Selector::kExact},
-    {"omitted_mass", &StageData::run_omitted_mass, Selector::kBlock},
-    {"merge_states", &StageData::run_merge_states, Selector::kBlock},
+    {"call", [](const StageData& data) { return data.run_call(); }, Selector::kBlock, true},
+    {"block_summaries", run_stage<Stage::kBlockSummaries>, Selector::kBlock, true},
+    {"select_blocks", run_stage<Stage::kSelectBlocks>, Selector::kBlock, true},
+    {"far_pools", run_stage<Stage::kFarPools>, Selector::kBlock, true},
+    {"attention_far", run_stage<Stage::kAttention>, Selector::kBlock, true},
+    {"attention_lists", run_stage<Stage::kAttention>, Selector::kBlock, false},
+    {"select_tokens", run_stage<Stage::kSelectTokens>, Selector::kExact, false},
+    {"attention_tokens", run_stage<Stage::kAttention>, Selector::kExact, false},
+    {"omitted_mass", kOmittedMass, Selector::kBlock, false},
+    {"merge_states", [](const StageData& data) { return data.run_merge_states(); },
+     Selector::kBlock, false},
 };
 
 benchmark::internal::Benchmark* add(const Named& named, Shape shape, const Executor& executor) {
     shape.selector = named.selector;
+    shape.far_field = named.far_field;
     std::string name = std::string(executor.cuda ? "cuda/" : "cpu/") + named.name + "/" +
                        std::to_string(shape.kv_len);
     return benchmark::RegisterBenchmark(
                name.c_str(),
-               [=](benchmark::State& state) { run(state, shape, executor, named.stage); })
+               [=](benchmark::State& state) { time_run(state, shape, executor, named.run); })
         ->Unit(benchmark::kMillisecond);
 }
 
@@ -108,8 +108,7 @@ bool add_all() {
     cuda.cuda = true;
     for (int64_t length : {8192, 32768, 131072}) {
         for (const Named& named : kStages) {
-            bool quadratic =
-                named.selector == Selector::kExact || named.stage == &StageData::run_omitted_mass;
+            bool quadratic = named.selector == Selector::kExact || named.run == kOmittedMass;
             if (quadratic && length > 32768) continue;
             Shape shape;
             shape.query_len = shape.kv_len = length;

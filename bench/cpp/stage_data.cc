@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "host/call.h"
 #include "host/number.h"
 
 #if defined(CONDENSATE_WITH_CUDA)
@@ -108,38 +109,38 @@ StageData::StageData(const Shape& s, const Executor& executor, uint64_t seed)
     : shape_(s), executor_(executor) {
     int group = static_cast<int>(s.query_heads / s.kv_heads);
     int64_t elem_bytes = dtype_bytes(s.dtype);
-    bool blocks = s.selector != Selector::kExact;
     rows_ = s.batch * s.query_heads * s.query_len;
     lists_ = s.batch * s.kv_heads * num_tiles(s.query_len, group);
-    list_width_ = blocks ? s.topk / kBlockKeys : 0;
+    list_width_ = selector_traits(s.selector).lists_blocks ? s.topk / kBlockKeys : 0;
 
     for (Buffer* rows_by_dim : {&query, &out, &merged_out})
         rows_by_dim->allocate(executor, rows_ * s.head_dim * elem_bytes);
     for (Buffer* keys : {&key, &value})
         keys->allocate(executor, s.batch * s.kv_heads * s.kv_len * s.head_dim * elem_bytes);
-    for (Buffer* a_row :
-         {&estimate, &threshold, &tie_index, &lse_full, &lse, &omitted, &merged_lse})
+    for (Buffer* a_row : {&estimate, &lse, &omitted, &merged_lse})
         a_row->allocate(executor, rows_ * 4);
-    if (blocks) {
-        int64_t rows = s.batch * s.kv_heads * summary_rows(s.selector, s.kv_len);
-        int row_dim = summary_dim(s.selector, static_cast<int>(s.head_dim));
-        summaries.allocate(executor, rows * row_dim * elem_bytes);
-        block_indices.allocate(executor, lists_ * list_width_ * 4);
-        block_counts.allocate(executor, lists_ * 4);
-        workspace.allocate(executor, block_select_workspace_bytes(select_params(), executor));
-        const int64_t dims = s.batch * s.kv_heads * s.head_dim;
-        for (Buffer* means : {&key_means, &value_means})
-            means->allocate(executor, dims * num_blocks(s.kv_len) * elem_bytes);
-        far_sums.allocate(executor, 2 * dims * num_far_sums(s.kv_len) * 4);
-        far_means.allocate(executor, 2 * dims * num_far_pools(s.kv_len) * elem_bytes);
+    block_indices.allocate(executor, lists_ * list_width_ * 4);
+    block_counts.allocate(executor, lists_ * 4);
+    if (s.head_budgets) {
+        std::vector<int32_t> budgets;
+        for (int64_t head = 0; head < s.kv_heads; ++head)
+            budgets.push_back(static_cast<int32_t>(s.topk / (head + 1)));
+        head_keys.allocate(executor, s.kv_heads * 4);
+        head_keys.write(budgets.data(), 0, head_keys.bytes());
     }
     query.fill_random(s.dtype, seed);
     key.fill_random(s.dtype, seed + 1);
     value.fill_random(s.dtype, seed + 2);
 }
 
-Problem StageData::problem() const {
-    Problem p;
+// What every call over these tensors shares.
+AttentionCall StageData::call() const {
+    auto view = [this](const Buffer& tensor, int64_t heads, int64_t length) {
+        const int64_t head = length * shape_.head_dim;
+        return ConstTensor4{tensor.as<void>(), heads * head, head, shape_.head_dim};
+    };
+    AttentionCall c;
+    Problem& p = c.problem;
     p.dtype = shape_.dtype;
     p.batch = shape_.batch;
     p.query_heads = shape_.query_heads;
@@ -151,127 +152,80 @@ Problem StageData::problem() const {
     p.anchors = shape_.anchors;
     p.causal = shape_.causal;
     p.scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
-    return p;
+    c.query = view(query, p.query_heads, p.query_len);
+    c.key = view(key, p.kv_heads, p.kv_len);
+    c.value = view(value, p.kv_heads, p.kv_len);
+    c.selector = shape_.selector;
+    c.topk = shape_.topk;
+    c.top_p = shape_.top_p;
+    c.head_keys = head_keys.as<int32_t>();
+    c.far_field = shape_.far_field && selector_traits(shape_.selector).lists_blocks;
+    c.out = out.as<void>();
+    c.lse = lse.as<float>();
+    c.omitted_mass_estimate = estimate.as<float>();
+    return c;
 }
 
-ConstTensor4 StageData::query_view() const {
-    int64_t head = shape_.query_len * shape_.head_dim;
-    return {query.as<void>(), shape_.query_heads * head, head, shape_.head_dim};
+AttentionCall StageData::given_call(int64_t width) const {
+    AttentionCall c = call();
+    c.given_lists = true;
+    c.block_indices = block_indices.as<int32_t>();
+    c.block_counts = block_counts.as<int32_t>();
+    c.max_blocks = width;
+    c.far_field = false;
+    c.omitted_mass_estimate = nullptr;
+    return c;
 }
 
-ConstTensor4 StageData::keys_view(const Buffer& keys) const {
-    int64_t head = shape_.kv_len * shape_.head_dim;
-    return {keys.as<void>(), shape_.kv_heads * head, head, shape_.head_dim};
+Status StageData::prepare() {
+    Status status = plan_attention(call(), executor_, &plan_);
+    if (status.ok()) workspace.allocate(executor_, plan_.workspace_bytes);
+    return status;
 }
 
-BlockSelectParams StageData::select_params() const {
-    BlockSelectParams p;
-    p.problem = problem();
-    p.selector = shape_.selector;
-    p.query = query_view();
-    p.summaries = summaries.as<void>();
-    p.key = keys_view(key);
-    p.max_blocks = list_width_;
-    p.block_indices = block_indices.as<int32_t>();
-    p.block_counts = block_counts.as<int32_t>();
-    p.omitted_mass_estimate = estimate.as<float>();
-    p.workspace = workspace.as<void>();
-    return p;
+Status StageData::run_call() const {
+    return run_attention(call(), plan_, workspace.as<void>(), executor_);
 }
 
-AttentionParams StageData::attention_params() const {
-    AttentionParams p;
-    p.problem = problem();
-    p.query = query_view();
-    p.key = keys_view(key);
-    p.value = keys_view(value);
-    p.out = out.as<void>();
-    p.lse = lse.as<float>();
-    return p;
+Status StageData::run_stage(Stage stage) const {
+    for (int i = 0; i < plan_.num_stages; ++i)
+        if (plan_.stages[i].stage == stage)
+            return run_attention_stage(call(), plan_, i, workspace.as<void>(), executor_);
+    die("the call has no such stage");
 }
 
-Status StageData::run_summaries(Selector selector, const Buffer& rows, const Buffer& into) const {
-    BlockSummaryParams p;
-    set_key_sizes(problem(), &p);
-    p.selector = selector;
-    p.key = keys_view(rows);
-    p.summaries = into.as<void>();
-    return block_summaries(p, executor_);
+Status StageData::run_now(const AttentionCall& c) const {
+    Plan plan;
+    Status status = plan_attention(c, executor_, &plan);
+    if (!status.ok()) return status;
+    Buffer memory;
+    memory.allocate(executor_, plan.workspace_bytes);
+    return run_attention(c, plan, memory.as<void>(), executor_);
 }
 
-Status StageData::run_block_summaries() const {
-    return run_summaries(shape_.selector, key, summaries);
+Status StageData::run_given_lists() const { return run_now(given_call(list_width_)); }
+
+Status StageData::run_given_far() const {
+    AttentionCall c = given_call(list_width_);
+    c.far_field = true;
+    c.omitted_mass_estimate = estimate.as<float>();
+    return run_now(c);
 }
 
-Status StageData::run_select_blocks() const { return select_blocks(select_params(), executor_); }
-
-Status StageData::run_select_tokens() const {
-    TokenSelectParams p;
-    p.problem = problem();
-    p.query = query_view();
-    p.key = keys_view(key);
-    p.topk = shape_.topk;
-    p.threshold = threshold.as<float>();
-    p.tie_index = tie_index.as<int32_t>();
-    p.lse_full = lse_full.as<float>();
-    return select_tokens(p, executor_);
-}
-
-AttentionParams StageData::lists_params() const {
-    AttentionParams p = attention_params();
-    p.block_indices = block_indices.as<int32_t>();
-    p.block_counts = block_counts.as<int32_t>();
-    p.max_blocks = list_width_;
-    return p;
-}
-
-Status StageData::run_attend_lists() const { return attention(lists_params(), executor_); }
-
-FarPoolsParams StageData::far_pools_params() const {
-    FarPoolsParams p;
-    set_key_sizes(problem(), &p);
-    const int64_t head = num_blocks(shape_.kv_len) * shape_.head_dim;
-    p.key = {key_means.as<void>(), head, shape_.head_dim};
-    p.value = {value_means.as<void>(), head, shape_.head_dim};
-    p.sums = far_sums.as<float>();
-    p.means = far_means.as<void>();
-    return p;
-}
-
-Status StageData::run_far_pools() const {
-    Status status = run_summaries(Selector::kMean, key, key_means);
-    if (status.ok()) status = run_summaries(Selector::kMean, value, value_means);
-    return status.ok() ? far_pools(far_pools_params(), executor_) : status;
-}
-
-Status StageData::run_attend_far() const {
-    const FarPoolsParams pools = far_pools_params();
-    AttentionParams p = lists_params();
-    p.far_field = {pools.key, pools.value, pools.sums, pools.means};
-    p.omitted_mass_estimate = estimate.as<float>();
-    return attention(p, executor_);
-}
-
-Status StageData::run_attend_tokens() const {
-    AttentionParams p = attention_params();
-    p.threshold = threshold.as<float>();
-    p.tie_index = tie_index.as<int32_t>();
-    return attention(p, executor_);
-}
-
-Status StageData::run_attend_ranges() const { return attention(attention_params(), executor_); }
+Status StageData::run_ranges() const { return run_now(given_call(/*width=*/0)); }
 
 Status StageData::run_omitted_mass() const {
     return run_omitted_mass_of(nullptr, shape_.query_len);
 }
 
-Status StageData::run_omitted_mass_of(const int64_t* rows, int64_t num_rows) const {
+Status StageData::run_omitted_mass_of(const int64_t* audited, int64_t num_rows) const {
+    const AttentionCall c = call();
     OmittedMassParams p;
-    p.problem = problem();
-    p.query = query_view();
-    p.key = keys_view(key);
-    p.lse = lse.as<float>();
-    p.rows = rows;
+    p.problem = c.problem;
+    p.query = c.query;
+    p.key = c.key;
+    p.lse = c.lse;
+    p.rows = audited;
     p.num_rows = num_rows;
     p.omitted = omitted.as<float>();
     return omitted_mass(p, executor_);

@@ -1,5 +1,5 @@
-// Buffers and filled parameter structs of every stage, on the CPU or a GPU, for benchmarks and
-// checks of the torch-free library.
+// Memory and runs of one call on the CPU or a GPU, for benchmarks and checks of the torch-free
+// library.
 #pragma once
 
 #include <cstdint>
@@ -47,51 +47,47 @@ struct Shape {
     bool causal = true;
     DType dtype = DType::kBFloat16;
     Selector selector = Selector::kBlock;
+    bool far_field = true;  // where the selector lists blocks
+    float top_p = 0.0f;
+    bool head_budgets = false;  // of all keys, half of them, and so on by KV head
 };
 
-// Inputs, outputs and intermediate results of all stages of one call. The stages may run in any
-// order; each reads what the ones before it in the list below have written.
+// Inputs, outputs and workspace of one call, which runs as a whole or stage by stage.
 class StageData {
   public:
     StageData(const Shape& shape, const Executor& executor, uint64_t seed);
 
-    Status run_block_summaries() const;
-    Status run_select_blocks() const;
-    Status run_select_tokens() const;
-    Status run_attend_lists() const;
-    Status run_far_pools() const;   // with the means of blocks that they are made of
-    Status run_attend_far() const;  // lists and far field; the omitted mass is estimated
-    Status run_attend_tokens() const;
-    Status run_attend_ranges() const;  // anchors and window alone
+    Status prepare();  // plans the call and allocates its workspace; before the next two
+    Status run_call() const;
+    Status run_stage(Stage stage) const;  // the first of this kind; those before it have run
+
+    Status run_given_lists() const;  // attention over block_indices, block_counts
+    Status run_given_far() const;    // with the far field and the estimate that it makes
+    Status run_ranges() const;       // anchors and window alone
     Status run_omitted_mass() const;
     Status run_omitted_mass_of(const int64_t* rows, int64_t num_rows) const;  // query_len at most
     Status run_merge_states() const;  // out and lse with themselves
 
     const Shape& shape() const { return shape_; }
     const Executor& executor() const { return executor_; }
+    const Plan& plan() const { return plan_; }
     int64_t lists() const { return lists_; }
-    int64_t list_width() const { return list_width_; }
     int64_t rows() const { return rows_; }
 
-    Buffer query, key, value, summaries, block_indices, block_counts, estimate, threshold,
-        tie_index, lse_full, out, lse, omitted, merged_out, merged_lse, workspace, key_means,
-        value_means, far_sums, far_means;
+    Buffer query, key, value, head_keys, block_indices, block_counts, estimate, out, lse, omitted,
+        merged_out, merged_lse, workspace;
 
   private:
-    Problem problem() const;
-    ConstTensor4 query_view() const;
-    ConstTensor4 keys_view(const Buffer& keys) const;
-    BlockSelectParams select_params() const;
-    AttentionParams attention_params() const;
-    AttentionParams lists_params() const;
-    Status run_summaries(Selector selector, const Buffer& rows, const Buffer& into) const;
-    FarPoolsParams far_pools_params() const;
+    AttentionCall call() const;
+    AttentionCall given_call(int64_t width) const;
+    Status run_now(const AttentionCall& call) const;  // plans it first, in memory of its own
 
     Shape shape_;
     Executor executor_;
     int64_t lists_;
     int64_t list_width_;
     int64_t rows_;
+    Plan plan_;
 };
 
 }  // namespace condensate::bench

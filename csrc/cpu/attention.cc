@@ -114,7 +114,7 @@ class TileAttention {
         if (has_threshold())  // any visible key may have been selected
             anchors = {0, reachable_blocks(ranges, span_)};
         BlockWalk walk(anchors, window_blocks(ranges, span_));
-        if (params_.block_indices != nullptr && params_.max_blocks > 0)
+        if (params_.block_counts != nullptr)
             walk.set_list(params_.block_indices + list_ * params_.max_blocks,
                           params_.block_counts[list_], params_.max_blocks, blocks, errors);
         return walk;

@@ -17,6 +17,7 @@ Status select_tokens(const TokenSelectParams& params, const Executor& executor);
 Status far_pools(const FarPoolsParams& params, const Executor& executor);
 Status attention(const AttentionParams& params, const Executor& executor, uint32_t* errors);
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor, uint32_t* errors);
+Status omitted_from_lse(const OmittedFromLseParams& params, const Executor& executor);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);
 
 }  // namespace condensate::cpu

@@ -107,4 +107,10 @@ Status omitted_mass(const OmittedMassParams& params, const Executor& executor, u
     return status;
 }
 
+Status omitted_from_lse(const OmittedFromLseParams& params, const Executor&) {
+    for (int64_t row = 0; row < params.rows; ++row)
+        params.omitted[row] = omitted_from_lse(params.lse[row], params.lse_full[row]);
+    return {};
+}
+
 }  // namespace condensate::cpu

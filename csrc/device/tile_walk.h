@@ -12,12 +12,12 @@ __device__ __forceinline__ BlockWalk tile_walk(const AttentionParams& params,
                                                const TileRows& tile) {
     const int32_t* list = nullptr;
     int64_t count = 0;
-    if (params.block_indices) {
+    if (params.block_counts) {  // of width 0 there are counts without entries
         list = params.block_indices + tile.tile_index * params.max_blocks;
         count = params.block_counts[tile.tile_index];
     }
     return BlockWalk(params.problem.ranges(), tile.span(), list, count,
-                     list ? params.max_blocks : 0);
+                     params.block_counts ? params.max_blocks : 0);
 }
 
 // Blocks of a walk, and those of them below some block.

@@ -1,5 +1,6 @@
 #include "host/device_info.h"
 
+#include "condensate/condensate.h"
 #include "host/status.h"
 
 #if defined(CONDENSATE_WITH_CUDA)
@@ -89,5 +90,21 @@ DeviceGuard::DeviceGuard(int) {}
 DeviceGuard::~DeviceGuard() = default;
 
 #endif
+
+bool built_with_cuda() {
+#if defined(CONDENSATE_WITH_CUDA)
+    return true;
+#else
+    return false;
+#endif
+}
+
+const char* built_architectures() {
+#if defined(CONDENSATE_BUILT_ARCHS)
+    return CONDENSATE_BUILT_ARCHS;
+#else
+    return "";
+#endif
+}
 
 }  // namespace condensate

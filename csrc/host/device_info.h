@@ -1,9 +1,20 @@
 // Facts of the CUDA devices, read once per device.
 #pragma once
 
-#include "host/plan.h"
+#include "condensate/types.h"
 
 namespace condensate {
+
+// What a plan may know of a device; all zero for the CPU.
+struct DeviceFacts {
+    bool cuda = false;
+    int index = 0;
+    int sm_major = 0;
+    int sm_minor = 0;
+    int sm_count = 0;
+    int max_smem_per_block_bytes = 0;  // opt-in limit
+    bool sm90a_kernels = false;        // this build holds them
+};
 
 // Fails with kUnsupported in a build without CUDA kernels.
 Status cuda_device_facts(int device_index, DeviceFacts* facts);

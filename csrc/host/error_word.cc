@@ -1,9 +1,9 @@
 #include "host/error_word.h"
 
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 
+#include "condensate/condensate.h"
+#include "host/device_info.h"
 #include "host/status.h"
 
 namespace condensate {
@@ -20,11 +20,6 @@ uint32_t read_cpu_error(bool clear) {
                  : g_cpu_word.load(std::memory_order_relaxed);
 }
 
-bool is_strict() {
-    const char* value = std::getenv("CONDENSATE_STRICT");
-    return value != nullptr && std::strcmp(value, "1") == 0;
-}
-
 Status status_of_error_word(const char* op, uint32_t word) {
     if (word == 0) return {};
     return make_status(
@@ -38,6 +33,21 @@ Status status_of_error_word(const char* op, uint32_t word) {
         word & kErrorBlockCount ? " block_counts has a value outside 0..block_indices.size(-1);"
                                 : "",
         word & kErrorRowIndex ? " rows has an entry outside 0..query_len-1;" : "");
+}
+
+Status read_error_word(const Executor& executor, bool clear, uint32_t* word) {
+    if (!executor.cuda) {
+        *word = read_cpu_error(clear);
+        return {};
+    }
+#if defined(CONDENSATE_WITH_CUDA)
+    DeviceGuard guard(executor.device_index);
+    if (!guard.status().ok()) return guard.status();
+    return read_cuda_error(executor.stream, clear, word);
+#else
+    DeviceFacts facts;
+    return cuda_device_facts(executor.device_index, &facts);  // says what to install
+#endif
 }
 
 }  // namespace condensate

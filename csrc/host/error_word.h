@@ -10,8 +10,7 @@ namespace condensate {
 void set_cpu_error(uint32_t bits);
 uint32_t read_cpu_error(bool clear);
 
-// "CONDENSATE_STRICT=1": calls whose tensor contents can be invalid check the word and fail.
-bool is_strict();
+// What strict mode reports; ok for a word of 0.
 Status status_of_error_word(const char* op, uint32_t word);
 
 #if defined(CONDENSATE_WITH_CUDA)

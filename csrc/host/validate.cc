@@ -1,15 +1,27 @@
 #include "host/validate.h"
 
 #include <cmath>
+#include <initializer_list>
 
 #include "host/status.h"
 
 namespace condensate {
 namespace {
 
-constexpr int64_t kMaxLength = int64_t{1} << 31;  // lengths, windows and indices fit int32
+constexpr int64_t kMaxLength = int64_t{1} << 31;    // lengths, windows and indices fit int32
+constexpr int64_t kMaxElements = int64_t{1} << 58;  // of one tensor: offsets in bytes fit int64
 
 using LL = long long;
+
+// Elements of a tensor of these sizes, none negative; at most kMaxElements.
+int64_t elements(std::initializer_list<int64_t> sizes) {
+    int64_t product = 1;
+    for (int64_t size : sizes)
+        if (size == 0) return 0;
+    for (int64_t size : sizes)
+        product = product > kMaxElements / size ? kMaxElements : product * size;
+    return product;
+}
 
 Status invalid_size(const char* op, const char* name, int64_t value) {
     return make_status(StatusCode::kInvalidArgument,
@@ -42,21 +54,6 @@ Status check_head_dim(const char* op, int64_t head_dim) {
                        static_cast<LL>(ceil_div(head_dim, 8) * 8));
 }
 
-Status check_heads(const char* op, int64_t query_heads, int64_t kv_heads) {
-    if (kv_heads < 1 || query_heads < 1 || query_heads % kv_heads != 0)
-        return make_status(StatusCode::kInvalidArgument,
-                           "%s: query has %lld heads and key has %lld, expected at least one of "
-                           "each and a query head count that is a multiple of the key's; check "
-                           "that the tensors are [batch, heads, seq, head_dim].",
-                           op, static_cast<LL>(query_heads), static_cast<LL>(kv_heads));
-    if (query_heads / kv_heads > kMaxGroup)
-        return make_status(StatusCode::kInvalidArgument,
-                           "%s: %lld query heads share one key head, expected at most %d; split "
-                           "the query heads over several calls.",
-                           op, static_cast<LL>(query_heads / kv_heads), kMaxGroup);
-    return {};
-}
-
 struct NamedSize {
     const char* name;
     int64_t value;
@@ -68,7 +65,7 @@ Status check_problem(const char* op, const Problem& p) {
     if (!is_length(p.batch)) return invalid_size(op, "batch", p.batch);
     if (!is_length(p.query_len)) return invalid_size(op, "query_len", p.query_len);
     if (!is_length(p.kv_len)) return invalid_size(op, "kv_len", p.kv_len);
-    status = check_heads(op, p.query_heads, p.kv_heads);
+    status = validate_heads(op, p.query_heads, "key", p.kv_heads);
     if (!status.ok()) return status;
     status = check_head_dim(op, p.head_dim);
     if (!status.ok()) return status;
@@ -97,21 +94,17 @@ Status check_keys(const char* op, const Params& p) {
     return check_head_dim(op, p.head_dim);
 }
 
-Status check_block_selector(const char* op, Selector selector) {
-    if (selector == Selector::kBlock || selector == Selector::kQuest || selector == Selector::kMean)
-        return {};
-    return make_status(StatusCode::kInvalidArgument,
-                       "%s: selector is %s, expected \"block\", \"quest\" or \"mean\"; \"exact\" "
-                       "selects single keys: use select_tokens.",
-                       op, selector == Selector::kExact ? "\"exact\"" : "unknown");
-}
-
-// `elements` is how many values the pointer stands for; an empty tensor may be null.
-Status check_pointer(const char* op, const char* name, const void* data, int64_t elements) {
-    if (data != nullptr || elements == 0) return {};
+// `count` is how many elements the pointer stands for; an empty tensor may be null.
+Status check_pointer(const char* op, const char* name, const void* data, int64_t count) {
+    if (count >= kMaxElements)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: %s has 2^58 elements or more, expected fewer; split the call by "
+                           "batch, heads or queries.",
+                           op, name);
+    if (data != nullptr || count == 0) return {};
     return make_status(StatusCode::kInvalidArgument,
                        "%s: %s is null, expected a pointer to %lld elements; allocate it.", op,
-                       name, static_cast<LL>(elements));
+                       name, static_cast<LL>(count));
 }
 
 // Both or neither of two pointers that belong together.
@@ -131,33 +124,26 @@ Status check_width(const char* op, int64_t max_blocks) {
                        op, static_cast<LL>(max_blocks), kBlockKeys);
 }
 
-Status check_top_p(const char* op, float top_p) {
-    if (top_p >= 0 && top_p <= 1) return {};  // not NaN
-    return make_status(StatusCode::kInvalidArgument,
-                       "%s: top_p is %g, expected 0 < top_p <= 1, or 0 for none; pass the share of "
-                       "the mass that lists must hold.",
-                       op, static_cast<double>(top_p));
-}
-
+// Elements of the tensors of a checked problem.
 struct Counts {
     explicit Counts(const Problem& p)
-        : rows(p.batch * p.query_heads * p.query_len),
-          query(rows * p.head_dim),
-          key(p.batch * p.kv_heads * p.kv_len * p.head_dim),
-          tiles(p.batch * p.kv_heads * num_tiles(p.query_len, p.group())) {}
+        : rows(elements({p.batch, p.query_heads, p.query_len})),
+          query(elements({rows, p.head_dim})),
+          key(elements({p.batch, p.kv_heads, p.kv_len, p.head_dim})),
+          tiles(elements({p.batch, p.kv_heads, num_tiles(p.query_len, p.group())})) {}
     int64_t rows, query, key, tiles;
 };
 
 struct NamedPointer {
     const char* name;
     const void* data;
-    int64_t elements;
+    int64_t count;
 };
 
 template <int kCount>
 Status check_pointers(const char* op, const NamedPointer (&pointers)[kCount]) {
     for (const NamedPointer& p : pointers) {
-        Status status = check_pointer(op, p.name, p.data, p.elements);
+        Status status = check_pointer(op, p.name, p.data, p.count);
         if (!status.ok()) return status;
     }
     return {};
@@ -176,7 +162,7 @@ Status check_means(const char* op, MeansNames names, const BlockMeans& means, in
                            "not overlap; pass the elements from one block's row to the next.",
                            op, names.stride, static_cast<LL>(means.stride_block),
                            static_cast<LL>(head_dim));
-    return check_pointer(op, names.data, means.data, blocks * head_dim);
+    return check_pointer(op, names.data, means.data, elements({blocks, head_dim}));
 }
 
 // What attention reads of the far field: means of keys and values, and pools of both.
@@ -187,10 +173,11 @@ Status check_far_field(const char* op, const AttentionParams& p) {
                            "the far field condenses blocks and thresholds select keys; leave "
                            "far_field empty.",
                            op);
-    const int64_t heads = p.problem.batch * p.problem.kv_heads, dim = p.problem.head_dim;
-    const int64_t blocks = heads * num_blocks(p.problem.kv_len);
-    const int64_t summed = 2 * heads * num_far_sums(p.problem.kv_len) * dim;
-    const int64_t pooled = 2 * heads * num_far_pools(p.problem.kv_len) * dim;
+    const int64_t heads = elements({p.problem.batch, p.problem.kv_heads});
+    const int64_t dim = p.problem.head_dim;
+    const int64_t blocks = elements({heads, num_blocks(p.problem.kv_len)});
+    const int64_t summed = elements({2, heads, num_far_sums(p.problem.kv_len), dim});
+    const int64_t pooled = elements({2, heads, num_far_pools(p.problem.kv_len), dim});
     const FarField& far = p.far_field;
     Status status =
         check_means(op, {"far_field.key", "far_field.key.stride_block"}, far.key, blocks, dim);
@@ -204,67 +191,99 @@ Status check_far_field(const char* op, const AttentionParams& p) {
 
 }  // namespace
 
-Status validate_budget(int64_t topk, Selector selector) {
+Status validate_heads(const char* op, int64_t query_heads, const char* kv_name, int64_t kv_heads) {
+    if (kv_heads > 0 && query_heads > 0 && query_heads < kMaxLength &&
+        query_heads % kv_heads == 0 && query_heads / kv_heads <= kMaxGroup)
+        return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: query has %lld heads and %s has %lld, expected a multiple of the "
+                       "latter, 1 to %d times as many, fewer than 2^31; check that the tensors are "
+                       "[batch, heads, seq, head_dim].",
+                       op, static_cast<LL>(query_heads), kv_name, static_cast<LL>(kv_heads),
+                       kMaxGroup);
+}
+
+Status validate_block_selector(const char* op, Selector selector) {
+    if (selector == Selector::kBlock || selector == Selector::kQuest || selector == Selector::kMean)
+        return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: selector is %s, expected \"block\", \"quest\" or \"mean\"; \"exact\" "
+                       "selects single keys: use select_tokens.",
+                       op, selector == Selector::kExact ? "\"exact\"" : "unknown");
+}
+
+Status validate_ranking_scale(const char* op, float scale, Selector selector) {
+    if (selector == Selector::kExact || scale > 0 || !std::isfinite(scale)) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: scale is %g, expected scale > 0 because blocks are ranked by "
+                       "exp(scale * score); negate the query instead.",
+                       op, static_cast<double>(scale));
+}
+
+Status validate_topk(const char* op, int64_t topk, Selector selector) {
     if (!is_length(topk))
         return make_status(StatusCode::kInvalidArgument,
-                           "topk is %lld, expected 0 <= topk < 2^31; pass 0 to select nothing.",
-                           static_cast<LL>(topk));
+                           "%s: topk is %lld, expected 0 <= topk < 2^31; pass 0 to select nothing.",
+                           op, static_cast<LL>(topk));
     if (selector == Selector::kExact || topk % kBlockKeys == 0) return {};
-    int64_t lower = topk / kBlockKeys * kBlockKeys;
+    const int64_t lower = topk / kBlockKeys * kBlockKeys;
     return make_status(StatusCode::kInvalidArgument,
-                       "topk is %lld, expected a multiple of %d for the block selectors; pass %lld "
-                       "or %lld, or selector=\"exact\", which takes any number of keys.",
-                       static_cast<LL>(topk), kBlockKeys, static_cast<LL>(lower),
+                       "%s: topk is %lld, expected a multiple of %d for the block selectors; pass "
+                       "%lld or %lld, or selector=\"exact\", which takes any number of keys.",
+                       op, static_cast<LL>(topk), kBlockKeys, static_cast<LL>(lower),
                        static_cast<LL>(lower + kBlockKeys));
+}
+
+Status validate_top_p(const char* op, double top_p, const char* none) {
+    if (top_p > 0 && top_p <= 1) return {};  // not NaN
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: top_p is %g, expected 0 < top_p <= 1, the share of the softmax mass "
+                       "that lists must hold; pass %s for lists of topk keys.",
+                       op, top_p, none);
 }
 
 Status validate(const BlockSummaryParams& p) {
     const char* op = "block_summaries";
     Status status = check_keys(op, p);
     if (!status.ok()) return status;
-    status = check_block_selector(op, p.selector);
+    status = validate_block_selector(op, p.selector);
     if (!status.ok()) return status;
-    int head_dim = static_cast<int>(p.head_dim);
-    int64_t heads = p.batch * p.kv_heads;
-    int64_t rows = heads * summary_rows(p.selector, p.kv_len);
-    return check_pointers(op,
-                          {{"key", p.key.data, heads * p.kv_len * p.head_dim},
-                           {"summaries", p.summaries, rows * summary_dim(p.selector, head_dim)}});
+    const int64_t heads = elements({p.batch, p.kv_heads});
+    const int dim = summary_dim(p.selector, static_cast<int>(p.head_dim));
+    return check_pointers(op, {{"key", p.key.data, elements({heads, p.kv_len, p.head_dim})},
+                               {"summaries", p.summaries,
+                                elements({heads, summary_rows(p.selector, p.kv_len), dim})}});
 }
 
 Status validate(const BlockSelectParams& p) {
     const char* op = "select_blocks";
     Status status = check_problem(op, p.problem);
     if (!status.ok()) return status;
-    if (!(p.problem.scale > 0))
-        return make_status(StatusCode::kInvalidArgument,
-                           "%s: scale is %g, expected scale > 0 because blocks are ranked by "
-                           "exp(scale * score); negate the query instead.",
-                           op, static_cast<double>(p.problem.scale));
-    status = check_block_selector(op, p.selector);
+    status = validate_block_selector(op, p.selector);
+    if (!status.ok()) return status;
+    status = validate_ranking_scale(op, p.problem.scale, p.selector);
     if (!status.ok()) return status;
     status = check_width(op, p.max_blocks);
     if (!status.ok()) return status;
-    status = check_top_p(op, p.top_p);
+    if (p.top_p != 0) status = validate_top_p(op, p.top_p, "0");
     if (!status.ok()) return status;
     Counts n(p.problem);
-    int64_t rows =
-        p.problem.batch * p.problem.kv_heads * summary_rows(p.selector, p.problem.kv_len);
-    int dim = summary_dim(p.selector, static_cast<int>(p.problem.head_dim));
-    return check_pointers(op, {{"query", p.query.data, n.query},
-                               {"summaries", p.summaries, n.rows == 0 ? 0 : rows * dim},
-                               {"block_indices", p.block_indices, n.tiles * p.max_blocks},
-                               {"block_counts", p.block_counts, n.tiles}});
+    const int dim = summary_dim(p.selector, static_cast<int>(p.problem.head_dim));
+    const int64_t summarised = elements(
+        {p.problem.batch, p.problem.kv_heads, summary_rows(p.selector, p.problem.kv_len), dim});
+    return check_pointers(op,
+                          {{"query", p.query.data, n.query},
+                           {"summaries", p.summaries, n.rows == 0 ? 0 : summarised},
+                           {"block_indices", p.block_indices, elements({n.tiles, p.max_blocks})},
+                           {"block_counts", p.block_counts, n.tiles}});
 }
 
 Status validate(const TokenSelectParams& p) {
     const char* op = "select_tokens";
     Status status = check_problem(op, p.problem);
     if (!status.ok()) return status;
-    if (!is_length(p.topk))
-        return make_status(StatusCode::kInvalidArgument,
-                           "%s: topk is %lld, expected 0 <= topk < 2^31; pass 0 to select nothing.",
-                           op, static_cast<LL>(p.topk));
+    status = validate_topk(op, p.topk, Selector::kExact);
+    if (!status.ok()) return status;
     Counts n(p.problem);
     return check_pointers(op, {{"query", p.query.data, n.query},
                                {"key", p.key.data, n.rows == 0 ? 0 : n.key},
@@ -276,14 +295,14 @@ Status validate(const FarPoolsParams& p) {
     const char* op = "far_pools";
     Status status = check_keys(op, p);
     if (!status.ok()) return status;
-    const int64_t heads = p.batch * p.kv_heads;
-    const int64_t blocks = heads * num_blocks(p.kv_len);
+    const int64_t heads = elements({p.batch, p.kv_heads});
+    const int64_t blocks = elements({heads, num_blocks(p.kv_len)});
     status = check_means(op, {"key", "key.stride_block"}, p.key, blocks, p.head_dim);
     if (!status.ok()) return status;
     status = check_means(op, {"value", "value.stride_block"}, p.value, blocks, p.head_dim);
     if (!status.ok()) return status;
-    const int64_t summed = 2 * heads * num_far_sums(p.kv_len) * p.head_dim;
-    const int64_t pooled = 2 * heads * num_far_pools(p.kv_len) * p.head_dim;
+    const int64_t summed = elements({2, heads, num_far_sums(p.kv_len), p.head_dim});
+    const int64_t pooled = elements({2, heads, num_far_pools(p.kv_len), p.head_dim});
     return check_pointers(op, {{"sums", p.sums, summed}, {"means", p.means, pooled}});
 }
 
@@ -294,7 +313,7 @@ Status validate(const AttentionParams& p) {
     status = check_width(op, p.max_blocks);
     if (!status.ok()) return status;
     Counts n(p.problem);
-    int64_t entries = n.tiles * p.max_blocks;
+    const int64_t entries = elements({n.tiles, p.max_blocks});
     bool given = p.max_blocks > 0;
     // A list of width 0 has no entries, hence a null index pointer, yet may come with its counts.
     if (given) {
@@ -340,12 +359,23 @@ Status validate(const OmittedMassParams& p) {
                            "query indices to audit as rows.",
                            op, static_cast<LL>(p.num_rows), static_cast<LL>(p.problem.query_len));
     Counts n(p.problem);
-    int64_t audited = p.problem.batch * p.problem.query_heads * p.num_rows;
+    const int64_t audited = elements({p.problem.batch, p.problem.query_heads, p.num_rows});
     bool empty = audited == 0;
     return check_pointers(op, {{"query", p.query.data, empty ? 0 : n.query},
                                {"key", p.key.data, empty ? 0 : n.key},
                                {"lse", p.lse, empty ? 0 : n.rows},
                                {"omitted", p.omitted, audited}});
+}
+
+Status validate(const OmittedFromLseParams& p) {
+    const char* op = "omitted_from_lse";
+    if (p.rows < 0)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: rows is %lld, expected rows >= 0; pass batch * heads * query_len.",
+                           op, static_cast<LL>(p.rows));
+    return check_pointers(
+        op,
+        {{"lse", p.lse, p.rows}, {"lse_full", p.lse_full, p.rows}, {"omitted", p.omitted, p.rows}});
 }
 
 Status validate(const MergeStatesParams& p) {
@@ -358,12 +388,12 @@ Status validate(const MergeStatesParams& p) {
                            op, static_cast<LL>(p.rows));
     status = check_head_dim(op, p.head_dim);
     if (!status.ok()) return status;
-    int64_t elements = p.rows * p.head_dim;
-    return check_pointers(op, {{"out_a", p.out_a, elements},
+    const int64_t numbers = elements({p.rows, p.head_dim});
+    return check_pointers(op, {{"out_a", p.out_a, numbers},
                                {"lse_a", p.lse_a, p.rows},
-                               {"out_b", p.out_b, elements},
+                               {"out_b", p.out_b, numbers},
                                {"lse_b", p.lse_b, p.rows},
-                               {"out", p.out, elements},
+                               {"out", p.out, numbers},
                                {"lse", p.lse, p.rows}});
 }
 

@@ -13,9 +13,20 @@ Status validate(const TokenSelectParams& params);
 Status validate(const FarPoolsParams& params);
 Status validate(const AttentionParams& params);
 Status validate(const OmittedMassParams& params);
+Status validate(const OmittedFromLseParams& params);
 Status validate(const MergeStatesParams& params);
 
-// The budget of a call in keys: topk >= 0, and whole blocks for the block selectors.
-Status validate_budget(int64_t topk, Selector selector);
+// Single arguments, for callers whose parameter struct does not exist yet.
+
+// `kv_name` is the tensor that has the KV heads.
+Status validate_heads(const char* op, int64_t query_heads, const char* kv_name, int64_t kv_heads);
+// One that lists blocks.
+Status validate_block_selector(const char* op, Selector selector);
+// Positive where blocks are ranked; that it is finite is checked with the problem.
+Status validate_ranking_scale(const char* op, float scale, Selector selector);
+// A budget in keys: topk >= 0, and whole blocks for the block selectors.
+Status validate_topk(const char* op, int64_t topk, Selector selector);
+// A share of the mass in (0, 1]; `none` is what a caller passes who wants no such limit.
+Status validate_top_p(const char* op, double top_p, const char* none);
 
 }  // namespace condensate

@@ -1,4 +1,4 @@
-// Every CUDA entry point that host/dispatch can choose. Parameters arrive validated.
+// Every CUDA entry point that a plan can choose (host/stages/). Parameters arrive validated.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,6 +17,7 @@ struct LaunchContext {
 };
 
 Status block_summary(const BlockSummaryParams& params, const LaunchContext& context);
+Status omitted_from_lse(const OmittedFromLseParams& params, const LaunchContext& context);
 Status merge_states(const MergeStatesParams& params, const LaunchContext& context);
 Status far_pools_cuda(const FarPoolsParams& params, const LaunchContext& context);
 

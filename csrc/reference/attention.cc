@@ -194,7 +194,7 @@ void attention(const AttentionParams& params, uint32_t* errors) {
     const Problem& p = params.problem;
     const int group = p.group();
     const int64_t positions = tile_positions(group), tiles = num_tiles(p.query_len, group);
-    const bool has_lists = params.max_blocks > 0 && params.block_indices != nullptr;
+    const bool has_lists = params.block_counts != nullptr;
     const std::vector<char> none(static_cast<size_t>(num_blocks(p.kv_len)), 0);
     for (int64_t b = 0; b < p.batch; ++b)
         for (int64_t kv = 0; kv < p.kv_heads; ++kv)

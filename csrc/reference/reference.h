@@ -23,6 +23,8 @@ void attention(const AttentionParams& params, uint32_t* errors);
 template <class Acc>
 void omitted_mass(const OmittedMassParams& params, uint32_t* errors);
 template <class Acc>
+void omitted_from_lse(const OmittedFromLseParams& params);
+template <class Acc>
 void merge_states(const MergeStatesParams& params);
 
 // The valid entries of one list as a flag per block; faults are added to *errors.

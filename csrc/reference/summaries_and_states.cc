@@ -86,6 +86,16 @@ void omitted_mass(const OmittedMassParams& params, uint32_t* errors) {
 }
 
 template <class Acc>
+void omitted_from_lse(const OmittedFromLseParams& params) {
+    for (int64_t row = 0; row < params.rows; ++row) {
+        const Acc lse = params.lse[row], lse_full = params.lse_full[row];
+        // Equal also where no key is seen: both are -inf then.
+        const Acc mass = lse == lse_full ? Acc{0} : 1 - std::exp(lse - lse_full);
+        params.omitted[row] = static_cast<float>(mass < 0 ? Acc{0} : mass);
+    }
+}
+
+template <class Acc>
 void merge_states(const MergeStatesParams& params) {
     for (int64_t row = 0; row < params.rows; ++row) {
         Acc a = params.lse_a[row], b = params.lse_b[row];
@@ -112,6 +122,8 @@ template void block_summaries<float>(const BlockSummaryParams&);
 template void block_summaries<double>(const BlockSummaryParams&);
 template void omitted_mass<float>(const OmittedMassParams&, uint32_t*);
 template void omitted_mass<double>(const OmittedMassParams&, uint32_t*);
+template void omitted_from_lse<float>(const OmittedFromLseParams&);
+template void omitted_from_lse<double>(const OmittedFromLseParams&);
 template void merge_states<float>(const MergeStatesParams&);
 template void merge_states<double>(const MergeStatesParams&);
 

@@ -1,6 +1,8 @@
 // Checks of what selects the keys: the budget and the far field.
 #pragma once
 
+#include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -18,28 +20,28 @@ struct Budget {
 };
 
 inline void check_budget(const char* op, const Budget& budget, Selector selector) {
-    const Status status = validate_budget(budget.topk, selector);
-    if (!status.ok()) fail(op, status.message);
-    const char* lists =
-        " with selector=\"exact\", expected None there, as it cuts lists of blocks and \"exact\" "
-        "selects single keys; pass None, or selector=\"block\", \"quest\" or \"mean\".";
-    const bool exact = selector == Selector::kExact;
-    if (budget.top_p && !(*budget.top_p > 0.0 && *budget.top_p <= 1.0))
-        fail(op, "top_p is " + std::to_string(*budget.top_p) +
-                     ", expected a share of the softmax mass, 0 < top_p <= 1; pass None for lists "
-                     "of topk keys.");
-    if (budget.top_p && exact) fail(op, "top_p is " + std::to_string(*budget.top_p) + lists);
-    if (budget.per_head && exact) fail(op, std::string("topk_per_head is given") + lists);
+    check_status(validate_topk(op, budget.topk, selector));
+    if (budget.top_p) check_status(validate_top_p(op, *budget.top_p, "None"));
+    if (selector != Selector::kExact || !(budget.top_p || budget.per_head)) return;
+    const char* name = budget.top_p ? "top_p" : "topk_per_head";
+    fail(op, std::string(name) +
+                 " is given with selector=\"exact\", expected None there, as it cuts lists of "
+                 "blocks and \"exact\" selects single keys; pass None, or selector=\"block\", "
+                 "\"quest\" or \"mean\".");
 }
 
-// Fills in what a checked budget says about lists.
-inline void apply_budget(const Budget& budget, const Argument& query, BlockSelectParams* params) {
-    params->max_blocks = budget.topk / kBlockKeys;
-    params->top_p = budget.top_p ? static_cast<float>(*budget.top_p) : 0.0f;
-    if (!budget.per_head) return;
+// What a checked budget says about lists: the mass that they must hold (0: none is asked for), and
+// the budgets of the KV heads (null: all the same).
+inline float list_share(const Budget& budget) {
+    // A share below what float32 tells from 0 still wants lists that are short.
+    constexpr float kSmallest = std::numeric_limits<float>::min();
+    return budget.top_p ? std::max(static_cast<float>(*budget.top_p), kSmallest) : 0.0f;
+}
+inline const int32_t* head_budgets(const Budget& budget, const Argument& query, int64_t kv_heads) {
+    if (!budget.per_head) return nullptr;
     const Argument per_head{query.op, "topk_per_head", *budget.per_head};
-    check_contiguous(per_head, ScalarType::Int, query, {params->problem.kv_heads});
-    params->head_keys = static_cast<const int32_t*>(per_head.tensor.const_data_ptr());
+    check_contiguous(per_head, ScalarType::Int, query, {kv_heads});
+    return static_cast<const int32_t*>(per_head.tensor.const_data_ptr());
 }
 
 // Condense what the lists leave out? By default where there are lists.

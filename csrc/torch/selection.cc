@@ -3,8 +3,8 @@
 #include "host/validate.h"
 #include "torch/ops.h"
 #include "torch/policy.h"
-#include "torch/scratch.h"
 #include "torch/tensor_args.h"
+#include "torch/workspace.h"
 
 namespace condensate::ops {
 namespace {
@@ -74,10 +74,7 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     const Argument query_argument{op, "query", query}, summary_argument{op, "summaries", summaries};
     BlockSelectParams params;
     params.selector = parse_selector(op, selector);
-    if (params.selector == Selector::kExact)
-        fail(op,
-             "selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; \"exact\" selects "
-             "single keys: use select_tokens.");
+    check_status(validate_block_selector(op, params.selector));
     const Budget budget{topk, topk_per_head, top_p};
     check_budget(op, budget, params.selector);
     params.query = view4(query_argument);
@@ -94,13 +91,15 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     problem.anchors = anchors;
     problem.causal = causal;
     problem.scale = resolve_scale(scale, problem.head_dim);
-    check_group(op, problem.query_heads, problem.kv_heads);
+    check_status(validate_heads(op, problem.query_heads, "summaries", problem.kv_heads));
     check_summaries(summary_argument, query_argument, problem, params.selector);
 
     params.summaries = summaries.const_data_ptr();
     if (key) params.key = view_key({op, "key", *key}, query_argument, problem);
     params.far_field = far_field;
-    apply_budget(budget, query_argument, &params);
+    params.max_blocks = topk / kBlockKeys;
+    params.top_p = list_share(budget);
+    params.head_keys = head_budgets(budget, query_argument, problem.kv_heads);
     const int64_t tiles = num_tiles(problem.query_len, problem.group());
     Tensor indices = allocate(
         op, query, {problem.batch, problem.kv_heads, tiles, params.max_blocks}, ScalarType::Int);
@@ -109,10 +108,8 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& query, const Tensor& summ
     params.block_counts = static_cast<int32_t*>(counts.mutable_data_ptr());
 
     const Executor executor = make_executor(op, query);
-    Scratch scratch;
-    scratch.reserve(block_select_workspace_bytes(params, executor));
-    scratch.allocate(op, query);
-    params.workspace = scratch.pointer<void>(0);
+    const Workspace workspace(op, query, block_select_workspace_bytes(params, executor));
+    params.workspace = workspace.data();
     check_status(condensate::select_blocks(params, executor));
     return {indices, counts};
 }

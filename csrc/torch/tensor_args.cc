@@ -1,10 +1,12 @@
 #include "torch/tensor_args.h"
 
+#include <cctype>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
 
 #include "condensate/geometry.h"
+#include "host/validate.h"
 
 namespace condensate::ops {
 namespace {
@@ -25,7 +27,7 @@ std::string sizes_string(const int64_t* sizes, size_t count) {
     return text.str();
 }
 
-// torch's Python names for the dtypes that callers meet here.
+// torch's Python name of a dtype.
 std::string dtype_string(ScalarType type) {
     switch (type) {
         case ScalarType::Half:
@@ -36,15 +38,28 @@ std::string dtype_string(ScalarType type) {
             return "float32";
         case ScalarType::Double:
             return "float64";
+        case ScalarType::Bool:
+            return "bool";
+        case ScalarType::Byte:
+            return "uint8";
+        case ScalarType::Char:
+            return "int8";
+        case ScalarType::Short:
+            return "int16";
         case ScalarType::Int:
             return "int32";
         case ScalarType::Long:
             return "int64";
-        case ScalarType::Byte:
-            return "uint8";
+        case ScalarType::ComplexFloat:
+            return "complex64";
+        case ScalarType::ComplexDouble:
+            return "complex128";
         default:
-            return toString(type);
+            break;
     }
+    std::string name = toString(type);  // as Float8_e4m3fn
+    for (char& c : name) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    return name;
 }
 
 }  // namespace
@@ -135,16 +150,6 @@ float resolve_scale(const std::optional<double>& scale, int64_t head_dim) {
     return head_dim > 0 ? static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim))) : 1.0f;
 }
 
-void check_group(const char* op, int64_t query_heads, int64_t kv_heads) {
-    if (kv_heads > 0 && query_heads > 0 && query_heads % kv_heads == 0 &&
-        query_heads / kv_heads <= kMaxGroup)
-        return;
-    fail(op, "query has " + std::to_string(query_heads) + " heads and key has " +
-                 std::to_string(kv_heads) + ", expected a multiple of the key's heads, 1 to " +
-                 std::to_string(kMaxGroup) + " times as many; check that the tensors are [batch, " +
-                 "heads, seq, head_dim].");
-}
-
 Problem make_problem(const Argument& query, const Argument& key, const Mask& mask) {
     const Tensor &q = query.tensor, &k = key.tensor;
     Problem problem;
@@ -155,7 +160,7 @@ Problem make_problem(const Argument& query, const Argument& key, const Mask& mas
                          shape_string(q) +
                          ", expected the same batch and head_dim; check that both are [batch, " +
                          "heads, seq, head_dim].");
-    check_group(query.op, q.size(1), k.size(1));
+    check_status(validate_heads(query.op, q.size(1), key.name, k.size(1)));
     problem.batch = q.size(0);
     problem.query_heads = q.size(1);
     problem.kv_heads = k.size(1);

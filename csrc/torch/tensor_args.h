@@ -51,8 +51,6 @@ struct Mask {
 };
 Problem make_problem(const Argument& query, const Argument& key, const Mask& mask);
 void check_value(const Argument& value, const Argument& key);
-// The heads that `query` and a tensor with `kv_heads` heads have make a valid group.
-void check_group(const char* op, int64_t query_heads, int64_t kv_heads);
 
 // An uninitialised contiguous tensor on the device of `like`.
 Tensor allocate(const char* op, const Tensor& like, std::initializer_list<int64_t> sizes,

@@ -27,8 +27,9 @@ from condensate_ext.ops import (
 __version__ = _version("condensate_ext")
 
 if _loader.LOAD_ERROR is None:
-    from condensate_ext import _autocast, _autograd, _fake
+    from condensate_ext import _arguments, _autocast, _autograd, _fake
 
+    _arguments.register()
     _fake.register()
     _autograd.register()
     _autocast.register()

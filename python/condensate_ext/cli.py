@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 
-def _doctor(_: list[str]) -> int:
+def _doctor(arguments: list[str]) -> int:
     from condensate_ext import doctor
 
-    return doctor.main()
+    return doctor.main(arguments)
 
 
 def _demo(arguments: list[str]) -> int:
@@ -27,7 +27,7 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 COMMANDS = {
-    "doctor": (_doctor, "show versions, devices and what is missing, and check one operator"),
+    "doctor": (_doctor, "show versions, devices and what is missing, and check that it works"),
     "demo": (_demo, "show on a real model what is attended and what that saves"),
     "evaluate": (_evaluate, "compare a language model with itself under dense attention"),
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import get_args
 
 import torch
 
@@ -74,8 +76,8 @@ def _devices(findings: _Findings) -> Iterator[Line]:
             findings.missing(f"cuda:{index} has compute capability {capability}; 8.0 is needed.")
 
 
-def _check_attention(device: str) -> str:
-    """Compares one selection-free call with torch's own attention."""
+def _check_dense(device: str) -> str:
+    """Compares a call that attends everything with torch's own attention."""
     from condensate_ext.ops import attention
 
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -92,6 +94,30 @@ def _check_attention(device: str) -> str:
     return f"attention agrees with torch's own, largest difference {error:.1e}"
 
 
+def _check_selection(device: str) -> str:
+    """Hides keys that outweigh all others where only a selection finds them."""
+    from condensate_ext._selectors import Selector
+    from condensate_ext.ops import attention_forward
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 1, 64, generator=generator).expand(-1, -1, 128, -1)
+    key = 0.1 * torch.randn(1, 4, 2048, 64, generator=generator)
+    hidden = slice(640, 704)
+    key[:, :, hidden] += query[:, :, :1]
+    value = torch.zeros(1, 4, 2048, 64)
+    value[:, :, hidden] = 1
+    tensors = [t.contiguous().to(device, dtype) for t in (query, key, value)]
+    selectors = get_args(Selector)
+    for selector in selectors:
+        with torch.no_grad():
+            out, _, omitted = attention_forward(*tensors, topk=64, selector=selector)
+        found = out.float().min().item()
+        if not (found > 0.6 and omitted.max().item() < 0.4):
+            raise RuntimeError(f'selector "{selector}" missed keys of nearly all the mass: {found}')
+    return f"every selector finds the keys of most mass: {', '.join(selectors)}"
+
+
 def _self_check(findings: _Findings) -> Iterator[Line]:
     if _loader.LOAD_ERROR is not None:
         yield "self-check", "left out: the operators are not loaded"
@@ -101,10 +127,11 @@ def _self_check(findings: _Findings) -> Iterator[Line]:
     if torch.cuda.is_available() and has_kernels:
         devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
-        try:
-            yield device, _check_attention(device)
-        except Exception as error:  # whatever it is, the report must say it
-            yield device, findings.missing(f"self-check on {device} failed: {error}")
+        for check in (_check_dense, _check_selection):
+            try:
+                yield device, check(device)
+            except Exception as error:  # whatever it is, the report must say it
+                yield device, findings.missing(f"self-check on {device} failed: {error}")
 
 
 SECTIONS: dict[str, Callable[[_Findings], Iterator[Line]]] = {
@@ -115,8 +142,9 @@ SECTIONS: dict[str, Callable[[_Findings], Iterator[Line]]] = {
 }
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Prints the report; returns 0 when nothing is missing."""
+    argparse.ArgumentParser(prog="condensate doctor", description=__doc__).parse_args(arguments)
     findings = _Findings()
     for title, section in SECTIONS.items():
         print(title)

@@ -31,10 +31,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from condensate_ext._arguments import checked
 from condensate_ext._loader import require
 from condensate_ext._selectors import BlockSelector, Selector, selector_number
 
 
+@checked
 def attention(
     query: Tensor,
     key: Tensor,
@@ -110,6 +112,7 @@ def attention(
     return out
 
 
+@checked
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -167,6 +170,7 @@ def attention_forward(
     return out, lse, estimate
 
 
+@checked
 def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor:
     """Everything that block selection needs to know about the keys, in one pass over them.
 
@@ -191,6 +195,7 @@ def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor
     return summaries
 
 
+@checked
 def select_blocks(
     query: Tensor,
     summaries: Tensor,
@@ -261,6 +266,7 @@ def select_blocks(
     return indices, counts
 
 
+@checked
 def select_tokens(
     query: Tensor,
     key: Tensor,
@@ -300,6 +306,7 @@ def select_tokens(
     return threshold, tie_index
 
 
+@checked
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -358,6 +365,7 @@ def block_sparse_attention(
     return out, lse
 
 
+@checked
 def omitted_mass(
     query: Tensor,
     key: Tensor,
@@ -398,6 +406,7 @@ def omitted_mass(
     return omitted
 
 
+@checked
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:

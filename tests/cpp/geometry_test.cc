@@ -1,13 +1,13 @@
 // Index arithmetic against its meaning, enumerated: every shortcut in geometry.h is compared with
 // loops over rows and keys that use nothing but the definition's per-key predicates.
-#include "condensate/geometry.h"
-
 #include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
+
+#include "condensate/selectors.h"
 
 namespace condensate {
 namespace {

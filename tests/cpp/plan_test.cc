@@ -1,22 +1,23 @@
-// The plan is a pure function: every rule is tested without a device.
-#include "host/plan.h"
-
-#include <cstdlib>
+// Plans are pure functions of the call, the device and the environment: every rule is tested
+// without a device.
 #include <string>
 
 #include <gtest/gtest.h>
 
+#include "host/call.h"
+#include "host/run_stage.h"
+#include "host/stages/stages.h"
+
 namespace condensate {
 namespace {
 
-DeviceFacts hopper() { return {true, 0, 9, 0, 132, 227 * 1024}; }
+DeviceFacts hopper() { return {true, 0, 9, 0, 132, 227 * 1024, false}; }
 DeviceFacts hopper_with_its_kernels() { return {true, 0, 9, 0, 132, 227 * 1024, true}; }
-DeviceFacts turing() { return {true, 1, 7, 5, 68, 64 * 1024}; }
+DeviceFacts turing() { return {true, 1, 7, 5, 68, 64 * 1024, false}; }
+Environment forcing(Path path) { return {true, path, false}; }
 
-PlanRequest request_of(Stage stage, DType dtype) {
-    PlanRequest request;
-    request.stage = stage;
-    Problem& p = request.problem;
+Problem problem_of(DType dtype) {
+    Problem p;
     p.dtype = dtype;
     p.batch = 2;
     p.query_heads = 8;
@@ -26,35 +27,70 @@ PlanRequest request_of(Stage stage, DType dtype) {
     p.head_dim = 128;
     p.window = 256;
     p.anchors = 64;
-    request.topk = 1728;
-    return request;
+    return p;
 }
 
-Plan plan_of(const PlanRequest& request, const DeviceFacts& facts, const Policy& policy = {}) {
+// Parameters of a stage without memory, on contiguous tensors.
+template <class Params>
+Params params_of(DType dtype) {
+    Params params;
+    params.problem = problem_of(dtype);
+    const Problem& p = params.problem;
+    params.query = {nullptr, p.query_heads * p.query_len * p.head_dim, p.query_len * p.head_dim,
+                    p.head_dim};
+    params.key = {nullptr, p.kv_heads * p.kv_len * p.head_dim, p.kv_len * p.head_dim, p.head_dim};
+    return params;
+}
+AttentionParams attention_of(DType dtype) {
+    auto params = params_of<AttentionParams>(dtype);
+    params.value = params.key;
+    return params;
+}
+AttentionCall call_of(DType dtype) {
+    auto call = params_of<AttentionCall>(dtype);
+    call.value = call.key;
+    call.topk = 1728;
+    return call;
+}
+
+const void* misaligned() { return reinterpret_cast<const void*>(std::uintptr_t{8}); }
+
+template <class Params>
+StagePlan plan_of(const Params& params, const DeviceFacts& facts,
+                  const Environment& environment = {}) {
     Plan plan;
-    Status status = make_plan(request, facts, policy, &plan);
+    Status status = plan_alone(params, facts, environment, &plan);
     EXPECT_TRUE(status.ok()) << status.message;
-    return plan;
+    return plan.stages[0];
 }
 
-std::string refusal(const PlanRequest& request, const DeviceFacts& facts, Path forced) {
+template <class Params>
+std::string refusal(const Params& params, const DeviceFacts& facts, Path forced) {
     Plan plan;
-    Status status = make_plan(request, facts, {true, forced}, &plan);
+    Status status = plan_alone(params, facts, forcing(forced), &plan);
     EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
     return status.message;
 }
 
+Plan plan_of_call(const AttentionCall& call, const DeviceFacts& facts = {}) {
+    Plan plan;
+    Status status = make_plan(call, facts, {}, &plan);
+    EXPECT_TRUE(status.ok()) << status.message;
+    return plan;
+}
+
 TEST(Plan, CpuTensorsRunOnTheCpu) {
     for (DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
-        Plan plan = plan_of(request_of(Stage::kAttention, dtype), DeviceFacts{});
+        StagePlan plan = plan_of(attention_of(dtype), DeviceFacts{});
         EXPECT_EQ(plan.path, Path::kCpu);
         EXPECT_STREQ(plan.reason, "tensors are on the CPU");
     }
 }
 
 TEST(Plan, HopperKernelsWhereTheyFit) {
+    using P = AttentionParams;
     const DeviceFacts facts = hopper_with_its_kernels();
-    const PlanRequest fits = request_of(Stage::kAttention, DType::kBFloat16);
+    const P fits = attention_of(DType::kBFloat16);
     EXPECT_EQ(plan_of(fits, facts).path, Path::kSm90);
     EXPECT_EQ(plan_of(fits, hopper()).path, Path::kSm80);
     DeviceFacts blackwell = facts;
@@ -62,21 +98,21 @@ TEST(Plan, HopperKernelsWhereTheyFit) {
     EXPECT_EQ(plan_of(fits, blackwell).path, Path::kSm80);
 
     struct {
-        void (*change)(PlanRequest&);
+        void (*change)(P&);
         const char* reason;
     } const misfits[] = {
-        {[](PlanRequest& r) { r.problem.head_dim = 96; }, "head_dim is neither 64 nor 128"},
-        {[](PlanRequest& r) { r.problem.query_heads = 34; },
-         "more than 16 query heads per KV head"},
-        {[](PlanRequest& r) { r.problem.query_len = 31; }, "fewer queries than a tile"},
-        {[](PlanRequest& r) { r.problem.kv_len = 0; }, "no keys"},
-        {[](PlanRequest& r) { r.boxed = false; }, "a stride that the copy engine cannot take"},
-        {[](PlanRequest& r) { r.given_tokens = true; }, "half precision, aligned, sm >= 8.0"},
+        {[](P& p) { p.problem.head_dim = 96; }, "head_dim is neither 64 nor 128"},
+        {[](P& p) { p.problem.query_heads = 34; }, "more than 16 query heads per KV head"},
+        {[](P& p) { p.problem.query_len = 31; }, "fewer queries than a tile"},
+        {[](P& p) { p.problem.kv_len = 0; }, "no keys"},
+        {[](P& p) { p.key.stride_head = 0; }, "a stride that TMA cannot take"},
+        {[](P& p) { p.threshold = reinterpret_cast<const float*>(&p); },
+         "half precision, aligned, sm >= 8.0"},
     };
     for (const auto& misfit : misfits) {
-        PlanRequest request = fits;
-        misfit.change(request);
-        Plan plan = plan_of(request, facts);
+        P params = fits;
+        misfit.change(params);
+        StagePlan plan = plan_of(params, facts);
         EXPECT_EQ(plan.path, Path::kSm80) << misfit.reason;
         EXPECT_STREQ(plan.reason, misfit.reason);
     }
@@ -84,90 +120,97 @@ TEST(Plan, HopperKernelsWhereTheyFit) {
 
 TEST(Plan, HopperSelectionWhereItFits) {
     const DeviceFacts facts = hopper_with_its_kernels();
-    PlanRequest request = request_of(Stage::kSelectBlocks, DType::kFloat16);
-    EXPECT_EQ(plan_of(request, facts).path, Path::kSm90);
-    request.problem.head_dim = 40;  // padded
-    EXPECT_EQ(plan_of(request, facts).path, Path::kSm90);
-    request.problem.head_dim = 136;
-    EXPECT_STREQ(plan_of(request, facts).reason, "summaries of more than 128 elements");
-    request = request_of(Stage::kSelectBlocks, DType::kFloat16);
-    request.problem.kv_len = 0;
-    EXPECT_STREQ(plan_of(request, facts).reason, "no keys");
-    request = request_of(Stage::kSelectBlocks, DType::kFloat16);
-    request.selector = Selector::kMean;
-    EXPECT_EQ(plan_of(request, facts).path, Path::kSm80);
+    const auto fits = params_of<BlockSelectParams>(DType::kFloat16);
+    EXPECT_EQ(plan_of(fits, facts).path, Path::kSm90);
+    BlockSelectParams params = fits;
+    params.problem.head_dim = 40;  // padded
+    EXPECT_EQ(plan_of(params, facts).path, Path::kSm90);
+    params.problem.head_dim = 136;
+    EXPECT_STREQ(plan_of(params, facts).reason, "summaries of more than 128 elements");
+    params = fits;
+    params.problem.kv_len = 0;
+    EXPECT_STREQ(plan_of(params, facts).reason, "no keys");
+    params = fits;
+    params.selector = Selector::kMean;
+    EXPECT_EQ(plan_of(params, facts).path, Path::kSm80);
 }
 
 TEST(Plan, ForcedSm90RunsSm80InStagesWithoutAKernelOfTheirOwn) {
     const DeviceFacts facts = hopper_with_its_kernels();
-    const Policy sm90 = {true, Path::kSm90};
-    EXPECT_EQ(plan_of(request_of(Stage::kAttention, DType::kFloat16), facts, sm90).path,
-              Path::kSm90);
-    EXPECT_EQ(plan_of(request_of(Stage::kOmittedMass, DType::kFloat16), facts, sm90).path,
+    const Environment sm90 = forcing(Path::kSm90);
+    EXPECT_EQ(plan_of(attention_of(DType::kFloat16), facts, sm90).path, Path::kSm90);
+    EXPECT_EQ(plan_of(params_of<OmittedMassParams>(DType::kFloat16), facts, sm90).path,
               Path::kSm80);
-    PlanRequest narrow = request_of(Stage::kAttention, DType::kFloat16);
+    auto mean = params_of<BlockSelectParams>(DType::kFloat16);
+    mean.selector = Selector::kMean;
+    EXPECT_EQ(plan_of(mean, facts, sm90).path, Path::kSm80);
+    auto narrow = attention_of(DType::kFloat16);
     narrow.problem.head_dim = 80;
     EXPECT_NE(refusal(narrow, facts, Path::kSm90).find("head_dim is neither"), std::string::npos);
 }
 
-TEST(Plan, CopyEngineNeedsStridesAboveZero) {
-    const ConstTensor4 dense = {nullptr, 4096, 1024, 64}, shared = {nullptr, 0, 1024, 64};
-    EXPECT_TRUE(is_boxed(dense, 2, 4, 16));
-    EXPECT_FALSE(is_boxed(shared, 2, 4, 16));
-    EXPECT_TRUE(is_boxed(shared, 1, 4, 16));  // the stride of an extent of 1 means nothing
+template <class Params>
+void expect_mma_where_it_can() {
+    Params params = params_of<Params>(DType::kBFloat16);
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSm80);
+    EXPECT_EQ(plan_of(params, turing()).path, Path::kSimt);
+    EXPECT_STREQ(plan_of(params, turing()).reason, "compute capability below 8.0");
+    params.query.data = misaligned();
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSimt);
+    EXPECT_STREQ(plan_of(params, hopper()).reason,
+                 "a pointer or stride is not a multiple of 16 bytes");
+    params = params_of<Params>(DType::kFloat32);
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSimt);
+    EXPECT_STREQ(plan_of(params, hopper()).reason, "float32 has no mma path");
 }
 
 TEST(Plan, HalfPrecisionUsesMmaWhereItCan) {
-    for (Stage stage :
-         {Stage::kAttention, Stage::kSelectBlocks, Stage::kSelectTokens, Stage::kOmittedMass}) {
-        PlanRequest request = request_of(stage, DType::kBFloat16);
-        EXPECT_EQ(plan_of(request, hopper()).path, Path::kSm80);
-        EXPECT_EQ(plan_of(request, turing()).path, Path::kSimt);
-        EXPECT_STREQ(plan_of(request, turing()).reason, "compute capability below 8.0");
-        request.aligned = false;
-        EXPECT_EQ(plan_of(request, hopper()).path, Path::kSimt);
-        EXPECT_STREQ(plan_of(request, hopper()).reason,
-                     "a pointer or stride is not a multiple of 16 bytes");
-        request = request_of(stage, DType::kFloat32);
-        EXPECT_EQ(plan_of(request, hopper()).path, Path::kSimt);
-        EXPECT_STREQ(plan_of(request, hopper()).reason, "float32 has no mma path");
-    }
+    expect_mma_where_it_can<AttentionParams>();
+    expect_mma_where_it_can<BlockSelectParams>();
+    expect_mma_where_it_can<TokenSelectParams>();
+    expect_mma_where_it_can<OmittedMassParams>();
+}
+
+template <class Params>
+void expect_one_kernel() {
+    EXPECT_EQ(plan_of(Params{}, hopper()).path, Path::kSimt);
+    EXPECT_STREQ(plan_of(Params{}, hopper()).reason, "the stage's one CUDA kernel");
+    for (Path forced : {Path::kSm90, Path::kSm80, Path::kSimt})
+        EXPECT_EQ(plan_of(Params{}, hopper(), forcing(forced)).path, Path::kSimt);
 }
 
 TEST(Plan, StagesWithOneCudaKernelIgnoreTheChoice) {
-    for (Stage stage : {Stage::kBlockSummaries, Stage::kFarPools, Stage::kMergeStates}) {
-        PlanRequest request = request_of(stage, DType::kFloat32);
-        request.aligned = false;
-        EXPECT_EQ(plan_of(request, hopper()).path, Path::kSimt);
-        EXPECT_EQ(plan_of(request, hopper(), {true, Path::kSm80}).path, Path::kSm80);
-    }
+    expect_one_kernel<BlockSummaryParams>();
+    expect_one_kernel<FarPoolsParams>();
+    expect_one_kernel<MergeStatesParams>();
+    expect_one_kernel<OmittedFromLseParams>();
 }
 
 TEST(Plan, ForcedPathsRunOrSayWhyNot) {
-    PlanRequest request = request_of(Stage::kAttention, DType::kFloat16);
-    EXPECT_EQ(plan_of(request, hopper(), {true, Path::kSimt}).path, Path::kSimt);
-    EXPECT_EQ(plan_of(request, hopper(), {true, Path::kSm80}).path, Path::kSm80);
-    EXPECT_EQ(plan_of(request, {}, {true, Path::kCpuReference}).path, Path::kCpuReference);
-    EXPECT_STREQ(plan_of(request, {}, {true, Path::kCpu}).reason,
+    auto params = attention_of(DType::kFloat16);
+    EXPECT_EQ(plan_of(params, hopper(), forcing(Path::kSimt)).path, Path::kSimt);
+    EXPECT_EQ(plan_of(params, hopper(), forcing(Path::kSm80)).path, Path::kSm80);
+    EXPECT_EQ(plan_of(params, {}, forcing(Path::kCpuReference)).path, Path::kCpuReference);
+    EXPECT_STREQ(plan_of(params, {}, forcing(Path::kCpu)).reason,
                  "forced by CONDENSATE_FORCE_PATH");
 
-    EXPECT_EQ(refusal(request, {}, Path::kSm80),
+    EXPECT_EQ(refusal(params, {}, Path::kSm80),
               "attention: CONDENSATE_FORCE_PATH is sm80, which cannot run this call: the tensors "
               "are on the CPU; unset it, or force cpu or cpu_reference.");
-    EXPECT_EQ(refusal(request, hopper(), Path::kCpu),
+    EXPECT_EQ(refusal(params, hopper(), Path::kCpu),
               "attention: CONDENSATE_FORCE_PATH is cpu, which cannot run this call: the tensors "
               "are on a CUDA device; unset it, or force simt.");
-    request.problem.dtype = DType::kFloat32;
-    EXPECT_EQ(refusal(request, hopper(), Path::kSm80),
+    params.problem.dtype = DType::kFloat32;
+    EXPECT_EQ(refusal(params, hopper(), Path::kSm80),
               "attention: CONDENSATE_FORCE_PATH is sm80, which cannot run this call: float32 has "
               "no mma path; unset it, or force simt.");
-    EXPECT_NE(refusal(request, turing(), Path::kSm80).find("compute capability below 8.0"),
+    EXPECT_NE(refusal(params, turing(), Path::kSm80).find("compute capability below 8.0"),
               std::string::npos);
 }
 
 TEST(Plan, SelectionFollowsTheBudget) {
-    PlanRequest request = request_of(Stage::kAttention, DType::kFloat32);
-    Plan plan = plan_of(request, {});
+    AttentionCall call = call_of(DType::kFloat32);
+    Plan plan = plan_of_call(call);
     EXPECT_EQ(plan.selection, Selection::kBlocks);
     EXPECT_EQ(plan.list_width, 27);
     EXPECT_EQ(plan.summary_rows, 128 * 9);
@@ -175,115 +218,154 @@ TEST(Plan, SelectionFollowsTheBudget) {
     EXPECT_EQ(plan.tiles, 2 * 2 * 32);
     EXPECT_EQ(plan.keys_per_query, 2048);
 
-    request.selector = Selector::kExact;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kTokens);
-    EXPECT_EQ(plan_of(request, {}).list_width, 0);
-    request.problem.kv_len = 2048;  // 2048 = 64 + 256 + 1728: nothing is left out
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kCovered);
-    EXPECT_EQ(plan_of(request, {}).keys_per_query, 2048);
-    request.problem.kv_len = 2049;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kTokens);
-    request.topk = 0;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kNone);
-    request.given_lists = true;
-    request.max_blocks = 5;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kGiven);
-    EXPECT_EQ(plan_of(request, {}).keys_per_query, 64 + 256 + 320);
-    request.given_lists = false;
-    request.given_tokens = true;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kTokens);
-    EXPECT_EQ(plan_of(request_of(Stage::kMergeStates, DType::kFloat32), {}).selection,
-              Selection::kNone);
+    call.selector = Selector::kExact;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kTokens);
+    EXPECT_EQ(plan_of_call(call).list_width, 0);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 2048);
+    call.problem.kv_len = 2048;  // 2048 = 64 + 256 + 1728: nothing is left out
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kCovered);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 2048);
+    EXPECT_EQ(plan_of_call(call).num_stages, 1);
+    call.problem.kv_len = 2049;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kTokens);
+    call.given_lists = true;
+    call.max_blocks = 5;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kGiven);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 64 + 256 + 320);
+}
+
+// Budgets of the heads may be smaller than the call's, so nothing can be concluded from that.
+TEST(Plan, BudgetsOfHeadsAlwaysSelect) {
+    const int32_t budgets[] = {64, 64};
+    AttentionCall call = call_of(DType::kFloat32);
+    call.problem.kv_len = 1500;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kCovered);
+    call.head_keys = budgets;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kBlocks);
+}
+
+// The stage by itself selects nothing: its last row attends its window and the anchors alone.
+TEST(Plan, AStageWithoutListsAttendsItsRanges) {
+    auto params = attention_of(DType::kFloat32);
+    params.problem.query_len = params.problem.kv_len = 2048;
+    params.problem.window = 800;
+    Plan plan;
+    ASSERT_TRUE(plan_alone(params, {}, {}, &plan).ok());
+    EXPECT_EQ(plan.selection, Selection::kNone);
+    EXPECT_EQ(plan.keys_per_query, 864);
+    AttentionCall call = call_of(DType::kFloat32);
+    call.problem = params.problem;
+    call.given_lists = true;  // of width 0
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kGiven);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 864);
 }
 
 TEST(Plan, AttendsToEverythingWhereThatIsFaster) {
-    PlanRequest request = request_of(Stage::kAttention, DType::kBFloat16);
+    AttentionCall call = call_of(DType::kBFloat16);
     auto selection_at = [&](int64_t query_len, int64_t kv_len) {
-        request.problem.query_len = query_len;
-        request.problem.kv_len = kv_len;
-        return plan_of(request, {}).selection;
+        call.problem.query_len = query_len;
+        call.problem.kv_len = kv_len;
+        return plan_of_call(call).selection;
     };
     // 2048 keys a row; an average row of a causal prefill sees half of them.
     EXPECT_EQ(selection_at(5120, 5120), Selection::kDense);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 5120);
+    EXPECT_EQ(plan_of_call(call).far_pools, 0);
     EXPECT_EQ(selection_at(5121, 5121), Selection::kBlocks);
     EXPECT_EQ(selection_at(1, 2560), Selection::kDense);
     EXPECT_EQ(selection_at(1, 2561), Selection::kBlocks);
-    request.topk = 128;
+    call.topk = 128;
     EXPECT_EQ(selection_at(1024, 1024), Selection::kDense);
     EXPECT_EQ(selection_at(1023, 1023), Selection::kBlocks);
-    request.problem.causal = false;  // 704 keys, and every row sees all
+    call.problem.causal = false;  // 704 keys, and every row sees all
     EXPECT_EQ(selection_at(1024, 1024), Selection::kBlocks);
-    request.problem.causal = true;
-    request.selector = Selector::kExact;
+    call.problem.causal = true;
+    call.selector = Selector::kExact;
     EXPECT_EQ(selection_at(1024, 1024), Selection::kTokens);
 }
 
 TEST(Plan, FarFieldAttendsWholeBlocksAndCondensesTheRest) {
-    PlanRequest request = request_of(Stage::kAttention, DType::kFloat32);
-    request.far_field = true;
-    EXPECT_EQ(plan_of(request, {}).far_pools, 128);
+    AttentionCall call = call_of(DType::kFloat32);
+    call.far_field = true;
+    EXPECT_EQ(plan_of_call(call).far_pools, 128);
     // 32 positions with windows of 256 touch at most 6 blocks.
-    EXPECT_EQ(plan_of(request, {}).keys_per_query, 64 + 6 * 64 + 1728);
-    request.problem.kv_len = 8193;
-    EXPECT_EQ(plan_of(request, {}).far_pools, 65);
-    request.problem.window = 0;
-    request.problem.anchors = 65;
-    EXPECT_EQ(plan_of(request, {}).keys_per_query, 128 + 1728);
-    request.problem.kv_len = 1000;
-    EXPECT_EQ(plan_of(request, {}).selection, Selection::kCovered);
-    EXPECT_EQ(plan_of(request, {}).far_pools, 0);
-    EXPECT_EQ(plan_of(request, {}).keys_per_query, 1000);
-    EXPECT_EQ(plan_of(request_of(Stage::kFarPools, DType::kFloat16), {}).far_pools, 128);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 64 + 6 * 64 + 1728);
+    call.problem.kv_len = 8193;
+    EXPECT_EQ(plan_of_call(call).far_pools, 65);
+    call.problem.window = 0;
+    call.problem.anchors = 65;
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 128 + 1728);
+    call.problem.kv_len = 1000;
+    EXPECT_EQ(plan_of_call(call).selection, Selection::kCovered);
+    EXPECT_EQ(plan_of_call(call).far_pools, 0);
+    EXPECT_EQ(plan_of_call(call).keys_per_query, 1000);
 }
 
-TEST(Plan, PrintsOneLine) {
-    EXPECT_EQ(to_string(plan_of(request_of(Stage::kAttention, DType::kBFloat16),
-                                hopper_with_its_kernels())),
-              "attention: path=sm90 (half precision, aligned, sm 9.0) selection=blocks "
-              "tiles=128 x 32 positions list_width=27 summary_rows=1152 far_pools=0 "
-              "keys_per_query<=2048 "
-              "workspace=0 bytes");
+std::string stages_of(const Plan& plan) {
+    std::string names;
+    for (int i = 0; i < plan.num_stages; ++i)
+        names += std::string(i > 0 ? " " : "") + stage_name(plan.stages[i].stage);
+    return names;
 }
 
-TEST(Plan, EnvironmentNamesAPath) {
-    Policy policy;
-    unsetenv("CONDENSATE_FORCE_PATH");
-    EXPECT_TRUE(policy_from_environment(&policy).ok());
-    EXPECT_FALSE(policy.forced);
-    for (Path path : {Path::kCpuReference, Path::kCpu, Path::kSm80, Path::kSimt, Path::kSm90}) {
-        setenv("CONDENSATE_FORCE_PATH", path_name(path), 1);
-        EXPECT_TRUE(policy_from_environment(&policy).ok());
-        EXPECT_TRUE(policy.forced);
-        EXPECT_EQ(policy.path, path);
+TEST(Plan, ListsTheStagesOfTheCall) {
+    AttentionCall call = call_of(DType::kBFloat16);
+    EXPECT_EQ(stages_of(plan_of_call(call)), "block_summaries select_blocks attention");
+    call.far_field = true;
+    EXPECT_EQ(stages_of(plan_of_call(call)),
+              "block_summaries select_blocks block_summaries far_pools attention");
+    call.selector = Selector::kQuest;  // whose summaries hold no means
+    EXPECT_EQ(stages_of(plan_of_call(call)),
+              "block_summaries select_blocks block_summaries block_summaries far_pools attention");
+    call.far_field = false;
+    call.selector = Selector::kExact;
+    EXPECT_EQ(stages_of(plan_of_call(call)), "select_tokens attention");
+    float estimate = 0;
+    call.omitted_mass_estimate = &estimate;
+    EXPECT_EQ(stages_of(plan_of_call(call)), "select_tokens attention omitted_from_lse");
+}
+
+TEST(Plan, EachStageHasItsPath) {
+    const DeviceFacts facts = hopper_with_its_kernels();
+    AttentionCall call = call_of(DType::kBFloat16);
+    const Path by_block[] = {Path::kSimt, Path::kSm90, Path::kSm90};
+    const Path by_mean[] = {Path::kSimt, Path::kSm80, Path::kSm90};
+    for (Selector selector : {Selector::kBlock, Selector::kMean}) {
+        call.selector = selector;
+        const Plan plan = plan_of_call(call, facts);
+        ASSERT_EQ(plan.num_stages, 3);
+        for (int i = 0; i < 3; ++i)
+            EXPECT_EQ(plan.stages[i].path, (selector == Selector::kBlock ? by_block : by_mean)[i]);
     }
-    setenv("CONDENSATE_FORCE_PATH", "gpu", 1);
-    EXPECT_STREQ(
-        policy_from_environment(&policy).message,
-        "CONDENSATE_FORCE_PATH is \"gpu\", expected cpu_reference, cpu, sm80, simt or sm90; "
-        "unset it to let the plan choose.");
-    unsetenv("CONDENSATE_FORCE_PATH");
+    call.value.data = misaligned();  // thresholds and attention must score alike
+    call.selector = Selector::kExact;
+    const Plan plan = plan_of_call(call, facts);
+    ASSERT_EQ(plan.num_stages, 2);
+    EXPECT_EQ(plan.stages[0].path, Path::kSimt);
+    EXPECT_EQ(plan.stages[1].path, Path::kSimt);
 }
 
-TEST(Plan, AlignmentLooksAtPointersAndStridesInBytes) {
-    alignas(16) char memory[64];
-    ConstTensor4 tensor{memory, 64, 32, 8};
-    EXPECT_TRUE(is_aligned16(tensor, DType::kFloat16));
-    tensor.stride_seq = 4;
-    EXPECT_FALSE(is_aligned16(tensor, DType::kFloat16));
-    EXPECT_TRUE(is_aligned16(tensor, DType::kFloat32));
-    tensor.data = memory + 8;
-    EXPECT_FALSE(is_aligned16(tensor, DType::kFloat32));
-    EXPECT_TRUE(is_aligned16(ConstTensor4{}, DType::kFloat32));
+TEST(Plan, PrintsWhatItDoes) {
+    EXPECT_EQ(to_string(plan_of_call(call_of(DType::kBFloat16), hopper_with_its_kernels())),
+              "selection=blocks keys_per_query<=2048 list_width=27 summary_rows=1152 far_pools=0 "
+              "tiles=128 x 32 positions workspace=1193984 bytes\n"
+              "  block_summaries: path=simt (the stage's one CUDA kernel), 512 blocks\n"
+              "  select_blocks: path=sm90 (half precision, aligned, sm 9.0), 128 scan tiles\n"
+              "  attention: path=sm90 (half precision, aligned, sm 9.0), 128 tiles");
+}
 
-    const BlockMeans means = {memory, 64, 8};
+// Everything that the attention reads by vectors counts.
+TEST(Plan, AttentionLooksAtTheFarField) {
+    alignas(16) char memory[64];
     alignas(16) float sums[4];
-    FarField far = {means, means, sums, memory};
-    EXPECT_TRUE(is_aligned16(far, DType::kFloat16));
-    far.means = memory + 8;
-    EXPECT_FALSE(is_aligned16(far, DType::kFloat16));
-    far = {means, {memory, 64, 12}, sums, memory};
-    EXPECT_FALSE(is_aligned16(far, DType::kFloat16));
-    EXPECT_TRUE(is_aligned16(far, DType::kFloat32));
+    auto params = attention_of(DType::kFloat16);
+    const BlockMeans means = {memory, 8192, 128};
+    params.far_field = {means, means, sums, memory};
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSm80);
+    params.far_field.means = memory + 8;
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSimt);
+    params.far_field = {means, {memory, 8192, 132}, sums, memory};
+    EXPECT_EQ(plan_of(params, hopper()).path, Path::kSimt);
 }
 
 }  // namespace

@@ -116,14 +116,63 @@ TEST(Validate, Sizes) {
 
 TEST(Validate, Heads) {
     EXPECT_EQ(message_after([](auto& p) { p.problem.query_heads = 7; }),
-              "attention: query has 7 heads and key has 2, expected at least one of each and a "
-              "query head count that is a multiple of the key's; check that the tensors are "
-              "[batch, heads, seq, head_dim].");
-    EXPECT_NE(message_after([](auto& p) { p.problem.kv_heads = 0; }).find("key has 0"),
-              std::string::npos);
-    EXPECT_EQ(message_after([](auto& p) { p.problem.query_heads = 130; }),
-              "attention: 65 query heads share one key head, expected at most 64; split the query "
-              "heads over several calls.");
+              "attention: query has 7 heads and key has 2, expected a multiple of the latter, 1 to "
+              "64 times as many, fewer than 2^31; check that the tensors are [batch, heads, seq, "
+              "head_dim].");
+    const auto names = [](int64_t query_heads, int64_t kv_heads) {
+        const std::string message = message_after([&](auto& p) {
+            p.problem.query_heads = query_heads;
+            p.problem.kv_heads = kv_heads;
+        });
+        return message.find("query has " + std::to_string(query_heads) + " heads and key has " +
+                            std::to_string(kv_heads)) != std::string::npos;
+    };
+    EXPECT_TRUE(names(4, 0));
+    EXPECT_TRUE(names(0, 4));
+    EXPECT_TRUE(names(130, 2)) << "65 to a KV head";
+    EXPECT_TRUE(names(int64_t{1} << 31, int64_t{1} << 30)) << "heads fit int32";
+    EXPECT_TRUE(names(INT64_MAX - 1, INT64_MAX / 2));
+}
+
+// Products of sizes that each are valid must not wrap to 0, where a pointer may be null.
+TEST(Validate, ProductsOfSizesDoNotOverflow) {
+    constexpr int64_t kHuge = int64_t{1} << 30;
+    const auto huge = [](auto& p) {
+        p = {};
+        p.problem.batch = p.problem.query_len = p.problem.kv_len = kHuge;
+        p.problem.query_heads = p.problem.kv_heads = 16;
+        p.problem.head_dim = 64;
+    };
+    EXPECT_EQ(
+        message_after(huge),
+        "attention: query has 2^58 elements or more, expected fewer; split the call by batch, "
+        "heads or queries.");
+    TokenSelectParams tokens;
+    huge(tokens);
+    EXPECT_NE(message_of(tokens).find("query has 2^58"), std::string::npos);
+    OmittedMassParams omitted;
+    huge(omitted);
+    omitted.num_rows = kHuge;
+    EXPECT_NE(message_of(omitted).find("query has 2^58"), std::string::npos);
+    BlockSelectParams blocks;
+    huge(blocks);
+    EXPECT_NE(message_of(blocks).find("query has 2^58"), std::string::npos);
+    BlockSummaryParams summaries{DType::kFloat32, kHuge, kHuge, kHuge, 64, Selector::kBlock, {}};
+    EXPECT_NE(message_of(summaries).find("key has 2^58"), std::string::npos);
+    FarPoolsParams pools{DType::kFloat32, kHuge, kHuge, kHuge, 64, {}, {}};
+    pools.key.stride_block = pools.value.stride_block = 64;
+    EXPECT_NE(message_of(pools).find("key has 2^58"), std::string::npos);
+    for (int64_t rows : {INT64_MAX, INT64_MAX / 64 + 1, int64_t{1} << 55})
+        EXPECT_NE(message_of(MergeStatesParams{DType::kFloat32, rows, 64}).find("out_a has 2^58"),
+                  std::string::npos)
+            << rows;
+    // A wide list over many tiles.
+    Call call = valid_call();
+    AttentionParams lists = call.attention();
+    lists.problem.batch = kHuge;
+    lists.max_blocks = kHuge;
+    lists.far_field = {};
+    EXPECT_NE(message_of(lists).find("block_indices has 2^58"), std::string::npos);
 }
 
 TEST(Validate, HeadDim) {
@@ -163,13 +212,14 @@ TEST(Validate, OrderIsFixed) {
 }
 
 TEST(Validate, Budget) {
-    EXPECT_TRUE(validate_budget(1728, Selector::kBlock).ok());
-    EXPECT_TRUE(validate_budget(1000, Selector::kExact).ok());
-    EXPECT_STREQ(validate_budget(1000, Selector::kQuest).message,
-                 "topk is 1000, expected a multiple of 64 for the block selectors; pass 960 or "
-                 "1024, or selector=\"exact\", which takes any number of keys.");
-    EXPECT_STREQ(validate_budget(-64, Selector::kBlock).message,
-                 "topk is -64, expected 0 <= topk < 2^31; pass 0 to select nothing.");
+    EXPECT_TRUE(validate_topk("attention", 1728, Selector::kBlock).ok());
+    EXPECT_TRUE(validate_topk("attention", 1000, Selector::kExact).ok());
+    EXPECT_STREQ(
+        validate_topk("attention", 1000, Selector::kQuest).message,
+        "attention: topk is 1000, expected a multiple of 64 for the block selectors; pass 960 or "
+        "1024, or selector=\"exact\", which takes any number of keys.");
+    EXPECT_STREQ(validate_topk("attention", -64, Selector::kBlock).message,
+                 "attention: topk is -64, expected 0 <= topk < 2^31; pass 0 to select nothing.");
 }
 
 TEST(Validate, StageArguments) {
@@ -177,6 +227,7 @@ TEST(Validate, StageArguments) {
     EXPECT_EQ(message_of(call.block_summaries(Selector::kExact)),
               "block_summaries: selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; "
               "\"exact\" selects single keys: use select_tokens.");
+    call.block_summaries(Selector::kBlock);
     BlockSelectParams select = call.select_blocks(Selector::kBlock, 2);
     select.max_blocks = -1;
     EXPECT_EQ(message_of(select),
@@ -184,8 +235,8 @@ TEST(Validate, StageArguments) {
     select = call.select_blocks(Selector::kBlock, 2);
     select.top_p = 1.5f;
     EXPECT_EQ(message_of(select),
-              "select_blocks: top_p is 1.5, expected 0 < top_p <= 1, or 0 for none; pass the share "
-              "of the mass that lists must hold.");
+              "select_blocks: top_p is 1.5, expected 0 < top_p <= 1, the share of the softmax mass "
+              "that lists must hold; pass 0 for lists of topk keys.");
     for (float top_p : {-0.1f, NAN, INFINITY}) {
         select.top_p = top_p;
         EXPECT_NE(message_of(select).find("top_p is"), std::string::npos) << top_p;

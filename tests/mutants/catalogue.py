@@ -29,6 +29,8 @@ WHOLE = "test_block_selection.py attended_as_a_whole"
 KEYS = "test_block_selection.py single_query"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
+WEIGHTLESS = "test_states.py without_weight"
+NOT_FINITE = "test_contents.py stays_in_its_column"
 FAR = "test_far_field.py group_sizes or window_and_anchor"
 FAR_POOLS = "test_far_field.py pool_borders and 0-130"
 FAR_REFERENCE = "test_far_field.py edges_on_every_path and 64-2-1"
@@ -181,7 +183,7 @@ CPU = (
     ),
     Mutant(
         "shared_scan_by_queries_of_a_tile",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "return scan_tiles(selector, kv_len) * pool_size(group);",
         "return (selector, kv_len, pool_size(group));",
         SHARED_SCANS,
@@ -251,14 +253,14 @@ CPU = (
     ),
     Mutant(
         "negative_budget",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
         "min_i64(keys / kBlockKeys, most)",
         BUDGETS,
     ),
     Mutant(
         "budget_above_that_of_the_call",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "min_i64(max_i64(keys, 0) / kBlockKeys, most)",
         "(max_i64(keys, 0) / kBlockKeys + 0 * most)",
         BUDGETS,
@@ -335,7 +337,7 @@ CPU = (
     ),
     Mutant(
         "coarse_mean_in_a_short_ones_place",
-        "include/condensate/geometry.h",
+        "include/condensate/selectors.h",
         "constexpr UnitLevel kCoarseUnits = {64, 1, 8};",
         "constexpr UnitLevel kCoarseUnits = {64, 1, 7};",
         "test_block_selection.py summaries",
@@ -433,9 +435,9 @@ CPU = (
     ),
     Mutant(
         "far_field_of_a_short_mean",
-        "torch/far_field.cc",
-        "level.first_row * p.head_dim",
-        "(level.first_row - (level.first_row > 0)) * p.head_dim",
+        "host/call_stages.h",
+        "traits.block_means.first_row * p.head_dim",
+        "(traits.block_means.first_row - (traits.block_means.first_row > 0)) * p.head_dim",
         "test_far_field.py head_dims_and_selectors and block",
     ),
     Mutant(
@@ -489,16 +491,16 @@ CPU = (
     ),
     Mutant(
         "single_query_estimated_by_its_attention",
-        "torch/attention.cc",
-        "call.far_field && p.query_len > 1",
-        "call.far_field && p.query_len > 0",
+        "host/call_stages.h",
+        "call.given_lists || call.problem.query_len > 1",
+        "call.given_lists || call.problem.query_len > 0",
         GAP_CALLS,
     ),
     Mutant(
         "estimate_of_the_far_field_by_the_selection",
-        "torch/attention.cc",
-        "call.far_field && p.query_len > 1",
-        "call.far_field && p.query_len > 2",
+        "host/call_stages.h",
+        "call.given_lists || call.problem.query_len > 1",
+        "call.given_lists || call.problem.query_len > 2",
         GAP_CALLS,
     ),
     Mutant(
@@ -523,15 +525,129 @@ CPU = (
         MERGING,
     ),
     Mutant(
+        "merge_of_a_weightless_first_state",
+        "cpu/merge_states.cc",
+        "if (w.a != 0.0f) out",
+        "if (true) out",
+        WEIGHTLESS,
+    ),
+    Mutant(
+        "merge_of_a_weightless_second_state",
+        "cpu/merge_states.cc",
+        "if (w.b != 0.0f) out",
+        "if (true) out",
+        WEIGHTLESS,
+    ),
+    Mutant(
+        "masked_values_that_are_not_finite",
+        "cpu/attention.cc",
+        "if (weight == 0.0f) continue;",
+        "",
+        NOT_FINITE,
+    ),
+    Mutant(
+        "exact_estimate_below_zero",
+        "cpu/omitted_mass.cc",
+        "if (omitted < 0.0f) return 0.0f;",
+        "",
+        "test_states.py negative",
+    ),
+    Mutant(
+        "counts_of_empty_lists_unread",
+        "cpu/attention.cc",
+        "if (params_.block_counts != nullptr)",
+        "if (params_.block_counts != nullptr && params_.max_blocks > 0)",
+        "test_contents.py without_places",
+    ),
+    Mutant(
+        "share_rounded_to_none",
+        "torch/policy.h",
+        "constexpr float kSmallest = std::numeric_limits<float>::min();",
+        "constexpr float kSmallest = 0.0f;",
+        "test_arguments.py below_float32",
+    ),
+    Mutant(
+        "scale_checked_where_blocks_are_ranked",
+        "host/call.cc",
+        "if (status.ok()) status = validate_ranking_scale(kOp, call.problem.scale, call.selector);",
+        "",
+        "test_arguments.py positive_scale",
+    ),
+    Mutant(
+        "any_group_of_heads",
+        "host/validate.cc",
+        "query_heads % kv_heads == 0 && query_heads / kv_heads <= kMaxGroup)",
+        "query_heads >= kv_heads)",
+        "test_arguments.py tensor_arguments",
+    ),
+    Mutant(
         "audit_of_another_row",
         "cpu/omitted_mass.cc",
         "p.query_len + s.rows.query[row]], lse_full)",
         "p.query_len + s.slot[row]], lse_full)",
         "test_states.py omitted_mass_against",
     ),
+    Mutant(
+        "plan_calls_dense_covered",
+        "host/call.cc",
+        "return Selection::kDense;",
+        "return Selection{0};",
+        "test_plan.py attending_to_everything",
+    ),
+    Mutant(
+        "plan_of_ranges_counts_every_key",
+        "host/call.cc",
+        "range_keys(p, call.far_field) + call.max_blocks * kBlockKeys",
+        "p.kv_len + call.max_blocks * kBlockKeys",
+        "test_plan.py ranges_alone",
+    ),
+    Mutant(
+        "plan_without_its_workspace",
+        "torch/diagnostics.cc",
+        'field("workspace_bytes", plan.workspace_bytes)',
+        'field("workspace_bytes", int64_t{0})',
+        "test_plan.py workspace_is_counted",
+    ),
+    Mutant(
+        "exact_estimate_of_the_support_alone",
+        "host/call_stages.h",
+        "omitted.lse_full = select.lse_full;",
+        "omitted.lse_full = attention_.lse;",
+        "test_states.py estimate and exact",
+    ),
+    Mutant(
+        "lists_made_for_no_far_field",
+        "host/call_stages.h",
+        "select.far_field = call_.far_field;",
+        "select.far_field = call_.far_field && call_.given_lists;",
+        "test_far_field.py its_stages_one_after",
+    ),
+    Mutant(
+        "forced_path_not_taken",
+        "host/plan.cc",
+        "plan->path = route->path;",
+        "plan->path = routes[count - 2].path;",
+        "test_paths.py forced_path_is_the_one",
+    ),
 )
 
 CUDA = (
+    Mutant(
+        "cuda_merge_of_a_weightless_state",
+        "kernels/merge_states/common/merge_states.cu",
+        "return weight == 0.0f ? 0.0f : weight * to_float(value);",
+        "return weight * to_float(value);",
+        WEIGHTLESS,
+        "cuda",
+    ),
+    Mutant(
+        "cuda_counts_of_empty_lists_unread",
+        "device/tile_walk.h",
+        "if (params.block_counts) {",
+        "if (params.block_indices) {",
+        "test_contents.py without_places",
+        "cuda",
+    ),
     Mutant(
         "cuda_barrier_removed",
         "kernels/attention/sm80/kernel.h",

@@ -62,11 +62,14 @@ def _check_given_lists(case: Case) -> Outcome:
         out, lse = ops.block_sparse_attention(q, key, v, indices, counts, **case.attention_args)
         return out, lse
 
-    listed, _ = listed_blocks(indices, counts, case.kv_len)
+    listed, invalid = listed_blocks(indices, counts, case.kv_len)
     if case.far_field:
-        return _check_condensing(case, run, listed, (query, key, value))
-    support = support_of_lists(case.ranges, listed, case.query_heads)
-    return _check_attention(case, run, support, (query, key, value))
+        outcome = _check_condensing(case, run, listed, (query, key, value))
+    else:
+        support = support_of_lists(case.ranges, listed, case.query_heads)
+        outcome = _check_attention(case, run, support, (query, key, value))
+    assert bool(ops.read_error_word(case.device)) == bool(invalid), "the error word is wrong"
+    return outcome
 
 
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # query, value -> out, lse

@@ -1,10 +1,12 @@
-// Every stage on CUDA once, with small awkward shapes and hostile contents, for compute-sanitizer.
-// Outputs are poisoned first; attention is compared with the CPU's on the same lists.
+// Calls on CUDA as users make them, with small awkward shapes and hostile contents, for
+// compute-sanitizer. Outputs are poisoned first; attention is compared with the CPU's on the same
+// lists.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "host/number.h"
@@ -52,9 +54,10 @@ void expect_ok(const Status& status, const std::string& where) {
 }
 
 // The forced path is one of CUDA's, so the CPU runs without it.
-Status run_on_cpu(const StageData& cpu, Status (StageData::*stage)() const) {
+template <class Run>
+Status run_on_cpu(StageData* cpu, Run run) {
     setenv(kForcePath, "", /*overwrite=*/1);
-    Status status = (cpu.*stage)();
+    Status status = (cpu->*run)();
     setenv(kForcePath, g_path, /*overwrite=*/1);
     return status;
 }
@@ -70,14 +73,9 @@ float largest_difference(DType dtype, const Buffer& a, const Buffer& b) {
     return largest;
 }
 
-void copy_buffer(const Buffer& from, Buffer* to) {
-    std::vector<uint8_t> bytes = from.read();
-    if (!bytes.empty()) to->write(bytes.data(), 0, from.bytes());
-}
-
 void poison(StageData* data) {
     for (Buffer* buffer : {&data->out, &data->lse, &data->omitted, &data->merged_out,
-                           &data->merged_lse, &data->threshold, &data->estimate})
+                           &data->merged_lse, &data->estimate})
         buffer->fill(0xff);
 }
 
@@ -88,16 +86,27 @@ void expect_same_attention(const StageData& gpu, const StageData& cpu, const std
            "the LSE differs from the CPU's");
 }
 
-// The far field over the lists that both have, with the estimate that it makes.
-void check_far_field(StageData* gpu, const StageData& cpu, const std::string& where) {
-    if (gpu->shape().kv_len == 0) return;  // no keys, no means of them
+// The lists that the call has made on the GPU become the CPU's given ones.
+void adopt_lists(const StageData& gpu, StageData* cpu) {
+    const std::vector<uint8_t> memory = gpu.workspace.read();
+    const CallArrays& arrays = gpu.plan().arrays;
+    const std::pair<Buffer*, int64_t> lists[] = {{&cpu->block_indices, arrays.block_indices},
+                                                 {&cpu->block_counts, arrays.block_counts}};
+    for (const auto& [buffer, offset] : lists)
+        if (buffer->bytes() > 0) buffer->write(memory.data() + offset, 0, buffer->bytes());
+}
+
+// Attention over the lists that both have, without and with the far field and its estimate.
+void check_given(StageData* gpu, StageData* cpu, const std::string& where) {
     poison(gpu);
-    expect_ok(gpu->run_far_pools(), where + " far_pools");
-    expect_ok(gpu->run_attend_far(), where + " attention");
-    expect_ok(run_on_cpu(cpu, &StageData::run_far_pools), where + " far_pools (CPU)");
-    expect_ok(run_on_cpu(cpu, &StageData::run_attend_far), where + " attention (CPU)");
-    expect_same_attention(*gpu, cpu, where);
-    expect(largest_difference(DType::kFloat32, gpu->estimate, cpu.estimate) <= kTolerance, where,
+    expect_ok(gpu->run_given_lists(), where + " lists");
+    expect_ok(run_on_cpu(cpu, &StageData::run_given_lists), where + " lists (CPU)");
+    expect_same_attention(*gpu, *cpu, where + " lists");
+    poison(gpu);
+    expect_ok(gpu->run_given_far(), where + " far field");
+    expect_ok(run_on_cpu(cpu, &StageData::run_given_far), where + " far field (CPU)");
+    expect_same_attention(*gpu, *cpu, where + " far field");
+    expect(largest_difference(DType::kFloat32, gpu->estimate, cpu->estimate) <= kTolerance, where,
            "the estimate differs from the CPU's");
 }
 
@@ -123,11 +132,7 @@ void write_hostile_lists(StageData* data) {
 void check_hostile(StageData* gpu, StageData* cpu, const std::string& where) {
     write_hostile_lists(gpu);
     write_hostile_lists(cpu);
-    gpu->out.fill(0xff);
-    expect_ok(gpu->run_attend_lists(), where);
-    expect_ok(run_on_cpu(*cpu, &StageData::run_attend_lists), where + " (CPU)");
-    expect_same_attention(*gpu, *cpu, where);
-    check_far_field(gpu, *cpu, where + " far field");
+    check_given(gpu, cpu, where);
     uint32_t word = 0;
     expect_ok(read_error_word(gpu->executor(), /*clear=*/true, &word), where + " read_error_word");
     expect(gpu->lists() == 0 || (word & kErrorBlockCount) != 0, where, "no count was flagged");
@@ -141,18 +146,23 @@ void check_hostile(StageData* gpu, StageData* cpu, const std::string& where) {
     expect_ok(read_error_word(gpu->executor(), /*clear=*/true, &word), where + " read_error_word");
 }
 
+// The call against the CPU's over the same lists, then lists that no caller should pass.
 void check_lists(const Shape& shape, const Executor& cuda, const std::string& where) {
     StageData gpu(shape, cuda, /*seed=*/1), cpu(shape, Executor{}, /*seed=*/1);
     poison(&gpu);
-    expect_ok(gpu.run_block_summaries(), where + " block_summaries");
-    expect_ok(gpu.run_select_blocks(), where + " select_blocks");
-    expect_ok(gpu.run_attend_lists(), where + " attention");
-    copy_buffer(gpu.block_indices, &cpu.block_indices);
-    copy_buffer(gpu.block_counts, &cpu.block_counts);
-    expect_ok(run_on_cpu(cpu, &StageData::run_attend_lists), where + " attention (CPU)");
-    expect_same_attention(gpu, cpu, where);
+    expect_ok(gpu.prepare(), where + " plan");
+    expect_ok(gpu.run_call(), where + " call");
+    if (gpu.plan().selection == Selection::kBlocks) {
+        adopt_lists(gpu, &cpu);
+        const auto given =
+            shape.far_field ? &StageData::run_given_far : &StageData::run_given_lists;
+        expect_ok(run_on_cpu(&cpu, given), where + " (CPU)");
+    } else {
+        expect_ok(run_on_cpu(&cpu, &StageData::prepare), where + " plan (CPU)");
+        expect_ok(run_on_cpu(&cpu, &StageData::run_call), where + " (CPU)");
+    }
+    expect_same_attention(gpu, cpu, where + " call");
     check_rest(&gpu, where);
-    check_far_field(&gpu, cpu, where + " far field");
     check_hostile(&gpu, &cpu, where + " hostile");
 }
 
@@ -161,11 +171,12 @@ void check_tokens(Shape shape, const Executor& cuda, const std::string& where) {
     shape.topk = 10;
     StageData gpu(shape, cuda, /*seed=*/1), cpu(shape, Executor{}, /*seed=*/1);
     poison(&gpu);
-    expect_ok(gpu.run_select_tokens(), where + " select_tokens");
-    expect_ok(gpu.run_attend_tokens(), where + " attention");
+    expect_ok(gpu.prepare(), where + " plan");
+    expect_ok(gpu.run_call(), where + " call");
     check_rest(&gpu, where);
-    expect_ok(gpu.run_attend_ranges(), where + " ranges");
-    expect_ok(run_on_cpu(cpu, &StageData::run_attend_ranges), where + " ranges (CPU)");
+    poison(&gpu);
+    expect_ok(gpu.run_ranges(), where + " ranges");
+    expect_ok(run_on_cpu(&cpu, &StageData::run_ranges), where + " ranges (CPU)");
     expect_same_attention(gpu, cpu, where + " ranges");
 }
 
@@ -187,9 +198,15 @@ void check_path(const char* path, const Executor& cuda) {
             std::string where = describe(path, c, dtype_names[static_cast<int>(dtype)]);
             for (Selector selector : {Selector::kBlock, Selector::kQuest, Selector::kMean}) {
                 shape.selector = selector;
-                check_lists(shape, cuda,
-                            where + " selector " + std::to_string(static_cast<int>(selector)));
+                const std::string named = where + " " + selector_traits(selector).name;
+                shape.far_field = shape.head_budgets = true;  // budgets of heads always select
+                shape.top_p = 0.6f;
+                check_lists(shape, cuda, named);
             }
+            shape.selector = Selector::kBlock;
+            shape.far_field = shape.head_budgets = false;
+            shape.top_p = 0.0f;
+            check_lists(shape, cuda, where + " block without far field");
             check_tokens(shape, cuda, where + " exact");
         }
     }

@@ -13,7 +13,6 @@ constexpr int kBlockKeys = 64;  // keys of a selected block
 constexpr int kTileRows = 128;  // rows (positions x query heads of one KV head) of a tile, at most
 constexpr int kMaxTilePositions = 64;  // positions of a tile, at most
 constexpr int kQueryPool = 8;          // consecutive positions whose queries are averaged, at most
-constexpr int64_t kScanKeys = 262144;  // up to so many every tile has a scan of its own
 constexpr int kMaxScanTiles = 8;       // tiles that share a scan, at most
 constexpr int kMaxGroup = 64;          // query heads per KV head, at most
 constexpr int kMaxHeadDim = 256;
@@ -40,101 +39,6 @@ CONDENSATE_HOST_DEVICE int64_t num_tiles(int64_t query_len, int group) {
     return ceil_div(query_len, tile_positions(group));
 }
 CONDENSATE_HOST_DEVICE int64_t num_blocks(int64_t kv_len) { return ceil_div(kv_len, kBlockKeys); }
-
-// Summaries. A block of keys is described by summary rows, all of a block side by side, so that a
-// growing cache only appends. A row is a unit: the mean of a short run of keys (quest: its bounds).
-// `block` holds units of two sizes: 8 of 8 keys, then 1 of 64.
-struct UnitLevel {
-    int keys;       // that a unit describes
-    int per_block;  // units of a block
-    int first_row;  // of these units among the block's rows
-};
-constexpr UnitLevel kShortUnits = {8, 8, 0};
-constexpr UnitLevel kCoarseUnits = {64, 1, 8};
-constexpr UnitLevel kSingleKeys = {1, kBlockKeys, 0};  // the keys themselves
-constexpr UnitLevel kQuestUnits = {16, 4, 0};
-constexpr UnitLevel kMeanUnits = {64, 1, 0};
-
-CONDENSATE_HOST_DEVICE int rows_per_block(Selector selector) {
-    return selector == Selector::kBlock ? 9 : selector == Selector::kQuest ? 4 : 1;
-}
-CONDENSATE_HOST_DEVICE int64_t summary_rows(Selector selector, int64_t kv_len) {
-    return num_blocks(kv_len) * rows_per_block(selector);  // units past kv_len are zero
-}
-// Row of unit `unit` of a level, counted over all blocks.
-CONDENSATE_HOST_DEVICE int64_t summary_row(UnitLevel level, int rows_per_block, int64_t unit) {
-    return unit / level.per_block * rows_per_block + level.first_row + unit % level.per_block;
-}
-// Quest stores [max over the unit's keys | min over them]; the others a mean key.
-CONDENSATE_HOST_DEVICE int summary_dim(Selector selector, int head_dim) {
-    return selector == Selector::kQuest ? 2 * head_dim : head_dim;
-}
-
-// The scan scores pooled queries against every visible unit: masses of `mass` units, in units of
-// the softmax sum over `norm` units.
-struct ScoringLevels {
-    UnitLevel norm;
-    UnitLevel mass;
-};
-CONDENSATE_HOST_DEVICE ScoringLevels scan_levels(Selector selector) {
-    if (selector == Selector::kQuest) return {kQuestUnits, kQuestUnits};
-    if (selector == Selector::kMean) return {kMeanUnits, kMeanUnits};
-    return {kCoarseUnits, kShortUnits};
-}
-
-// Whole blocks of a budget in keys, at most `most`.
-CONDENSATE_HOST_DEVICE int64_t budget_blocks(int64_t keys, int64_t most) {
-    return min_i64(max_i64(keys, 0) / kBlockKeys, most);
-}
-
-// A scan tile is as many consecutive tiles as share one scan and its shortlist: twice as many
-// whenever the keys have doubled, so that the scans of a long context are linear in its length.
-// It has the pooled queries of one tile, of so many times the positions.
-CONDENSATE_HOST_DEVICE int scan_tiles(Selector selector, int64_t kv_len) {
-    int tiles = 1;
-    while (selector == Selector::kBlock && tiles < kMaxScanTiles && kv_len > tiles * kScanKeys)
-        tiles *= 2;
-    return tiles;
-}
-CONDENSATE_HOST_DEVICE int scan_positions(Selector selector, int group, int64_t kv_len) {
-    return scan_tiles(selector, kv_len) * tile_positions(group);
-}
-CONDENSATE_HOST_DEVICE int scan_pool_size(Selector selector, int group, int64_t kv_len) {
-    return scan_tiles(selector, kv_len) * pool_size(group);
-}
-CONDENSATE_HOST_DEVICE int64_t num_scan_tiles(Selector selector, int64_t query_len, int group,
-                                              int64_t kv_len) {
-    return ceil_div(query_len, scan_positions(selector, group, kv_len));
-}
-
-// How a shortlist becomes a list: by another look at its blocks. kNone: the scan makes the list.
-enum class Refinement : int32_t {
-    kNone,
-    kUnits,  // at their short units, by the tile's own pooled queries: several tiles share the scan
-    kKeys,   // at their keys: a single query
-};
-CONDENSATE_HOST_DEVICE Refinement refinement_of(Selector selector, int64_t query_len,
-                                                int64_t kv_len, bool keys_given) {
-    if (selector != Selector::kBlock) return Refinement::kNone;
-    if (query_len == 1 && keys_given) return Refinement::kKeys;
-    return scan_tiles(selector, kv_len) > 1 ? Refinement::kUnits : Refinement::kNone;
-}
-// Blocks of a shortlist, at most, for lists of at most `max_blocks`.
-CONDENSATE_HOST_DEVICE int64_t shortlist_width(Refinement refinement, int64_t max_blocks) {
-    return max_i64(64, (refinement == Refinement::kKeys ? 4 : 2) * max_blocks);
-}
-
-// What a refinement adds up the weights of.
-CONDENSATE_HOST_DEVICE constexpr UnitLevel refinement_level(Refinement refinement) {
-    if (refinement == Refinement::kKeys) return kSingleKeys;
-    return kShortUnits;
-}
-
-// On either side of a tile's windows a scan tile has at most this many more eligible blocks than
-// the tile, so enough of a full shortlist is eligible for the tile to fill its list. The window of
-// a row ends in one block; those of a tile's rows in two.
-constexpr int kMoreEligible = (kMaxScanTiles - 1) * kMaxTilePositions / kBlockKeys + 2;
-static_assert(2 * kMoreEligible <= 32, "a shortlist has room for at least 32 blocks more");
 
 // Absolute position of query i: bottom-right alignment. Negative when the query precedes all keys.
 CONDENSATE_HOST_DEVICE int64_t query_position(int64_t i, int64_t query_len, int64_t kv_len) {
@@ -255,37 +159,6 @@ struct RangeBlocks {
         return block < anchors_end || (block >= window_begin && block < window_end);
     }
 };
-
-// Keys (exact) or blocks (the other selectors) that the fullest row or tile could select from, at
-// most.
-CONDENSATE_HOST_DEVICE int64_t max_candidates(const Ranges& r, Selector selector) {
-    int64_t last = r.kv_len - 1 - (r.causal ? r.window : 0);  // last key that can lie outside
-    if (last < r.anchors) return 0;
-    if (selector == Selector::kExact) return last - r.anchors + 1;
-    return last / kBlockKeys - r.anchors / kBlockKeys + 1;
-}
-// Does the budget reach every key, so that selection has nothing to leave out?
-CONDENSATE_HOST_DEVICE bool budget_covers(const Ranges& r, int64_t topk, Selector selector) {
-    int64_t unit = selector == Selector::kExact ? 1 : kBlockKeys;
-    return topk / unit >= max_candidates(r, selector);
-}
-
-// Is attending to everything at least as fast as selecting? Measured on Hopper
-// (docs/ablations.md): when an average row sees at most a quarter more keys than it would attend.
-// Short contexts, where launches are all that counts, select as they are told.
-constexpr int64_t kDenseFromKeys = 1024;
-CONDENSATE_HOST_DEVICE bool dense_is_faster(const Ranges& r, int64_t query_len, int64_t topk,
-                                            Selector selector) {
-    if (selector == Selector::kExact || r.kv_len < kDenseFromKeys) return false;
-    const int64_t attended = r.anchors + (r.causal ? r.window : 2 * r.window) + topk;
-    const int64_t seen = r.causal ? r.kv_len - min_i64(query_len, r.kv_len) / 2 : r.kv_len;
-    return 4 * seen <= 5 * attended;
-}
-// Does attention() attend to everything?
-CONDENSATE_HOST_DEVICE bool attends_everything(const Ranges& r, int64_t query_len, int64_t topk,
-                                               Selector selector) {
-    return budget_covers(r, topk, selector) || dense_is_faster(r, query_len, topk, selector);
-}
 
 // Is summary unit `unit` visible to a pooled query whose last position is p? Its last key decides.
 CONDENSATE_HOST_DEVICE bool is_unit_visible(const Ranges& r, int64_t p, int64_t unit, int keys) {

@@ -8,6 +8,7 @@
 
 #include "condensate/far_field.h"
 #include "condensate/geometry.h"
+#include "condensate/selectors.h"
 #include "condensate/types.h"
 
 namespace condensate {
@@ -28,6 +29,8 @@ struct Problem {
 
     CONDENSATE_HOST_DEVICE int group() const { return static_cast<int>(query_heads / kv_heads); }
     CONDENSATE_HOST_DEVICE Ranges ranges() const { return {kv_len, window, anchors, causal}; }
+    // A window that holds every key; queries before the first key reach further than Lk.
+    CONDENSATE_HOST_DEVICE int64_t full_window() const { return max_i64(query_len, kv_len); }
 };
 
 // The sizes of keys alone, for the parameters of a stage that has no queries.
@@ -152,6 +155,14 @@ struct OmittedMassParams {
     const int64_t* rows = nullptr;  // [R] query indices to audit, or null for all
     int64_t num_rows = 0;           // R; Lq when rows is null
     float* omitted = nullptr;       // [B, Hq, R] in [0, 1]
+};
+
+// LSE of a support and LSE of all keys -> the softmax mass outside the support.
+struct OmittedFromLseParams {
+    int64_t rows = 0;                 // B * Hq * Lq
+    const float* lse = nullptr;       // [rows]
+    const float* lse_full = nullptr;  // [rows]
+    float* omitted = nullptr;         // [rows] in [0, 1], 0 where no key is seen; may be lse_full
 };
 
 // Two attention results over disjoint supports -> the result over their union.

@@ -71,8 +71,9 @@ def _measured(
 ) -> list[Tensor]:
     """Of some rows: output ``[heads, rows, D]``, omitted mass, its estimate ``[heads, rows]``."""
     out, lse, estimate = attention_forward(query, key, value, scale=scale, **policy)
-    selects = not {"selection=covered", "selection=dense"} & set(last_plan().split())
-    if selects and condenses(policy):  # its log-sum-exp holds the pools, which are not attended
+    if (
+        condenses(policy) and not last_plan().attends_all
+    ):  # its log-sum-exp holds the pools, which are not attended
         lse = attended_lse(query, key, value, policy, scale=scale)
     omitted = omitted_mass(query, key, lse, rows=rows, scale=scale)
     return [out[0, :, rows].float(), omitted[0], estimate[0, :, rows]]

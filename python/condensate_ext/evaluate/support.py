@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from condensate_ext._fake import BLOCK_KEYS, num_tiles, tile_positions
+from condensate_ext._checks import BLOCK_KEYS
+from condensate_ext._fake import num_tiles, tile_positions
 from condensate_ext.evaluate.policies import Policy, condenses, effective
 from condensate_ext.ops import block_sparse_attention, block_summaries, select_blocks
 

@@ -5,7 +5,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "condensate/geometry.h"
+#include "condensate/selectors.h"
 #include "device/smem_tile.h"
 #include "kernels/block_select/common/unit_maps.h"
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "condensate/geometry.h"
+#include "condensate/selectors.h"
 #include "device/smem_tile.h"
 #include "kernels/block_select/common/traits.h"
 #include "ptx/tensor_copy.h"

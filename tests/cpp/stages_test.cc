@@ -1,5 +1,5 @@
-// The public API end to end on the CPU: which path ran, strict mode, the error word, merging.
-#include "host/dispatch.h"
+// The stages end to end on the CPU: which path ran, strict mode, the error word, merging.
+#include "host/stages/stages.h"
 
 #include <cmath>
 #include <cstdlib>
@@ -12,15 +12,16 @@
 #include "condensate/condensate.h"
 #include "cpu/kernels.h"
 #include "cpu/tile_ops.h"
+#include "host/run_stage.h"
 
 namespace condensate::testing {
 namespace {
 
 // Sets an environment variable for one scope.
-class Environment {
+class Variable {
   public:
-    Environment(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
-    ~Environment() { unsetenv(name_); }
+    Variable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+    ~Variable() { unsetenv(name_); }
 
   private:
     const char* name_;
@@ -28,56 +29,56 @@ class Environment {
 
 Call small_call() { return Call({DType::kFloat32, 2, 2, 2, 40, 300, 16, 20, 5, true, 4}); }
 
-TEST(Dispatch, ForcedPathsRunAndAgree) {
+TEST(Stages, ForcedPathsRunAndAgree) {
     Call call = small_call();
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
-    EXPECT_EQ(last_plan().path, Path::kCpu);
+    EXPECT_EQ(last_plan().stages[0].path, Path::kCpu);
     std::vector<float> lse = call.lse;
-    Environment force("CONDENSATE_FORCE_PATH", "cpu_reference");
+    Variable force("CONDENSATE_FORCE_PATH", "cpu_reference");
     ASSERT_TRUE(attention(call.attention(), threaded()).ok());
-    EXPECT_EQ(last_plan().path, Path::kCpuReference);
-    EXPECT_EQ(last_plan().stage, Stage::kAttention);
+    EXPECT_EQ(last_plan().stages[0].path, Path::kCpuReference);
+    EXPECT_EQ(last_plan().stages[0].stage, Stage::kAttention);
     for (size_t row = 0; row < lse.size(); ++row) EXPECT_NEAR(lse[row], call.lse[row], 1e-5);
 }
 
-TEST(Dispatch, EveryStageRunsOnBothCpuPaths) {
+TEST(Stages, EveryStageRunsOnBothCpuPaths) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Call call = small_call();
         const Executor executor = threaded();
         ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kQuest), executor).ok());
-        EXPECT_STREQ(path_name(last_plan().path), path);
+        EXPECT_STREQ(path_name(last_plan().stages[0].path), path);
         ASSERT_TRUE(select_blocks(call.select_blocks(Selector::kQuest, 2), executor).ok());
         EXPECT_EQ(last_plan().selection, Selection::kBlocks);
         ASSERT_TRUE(attention(call.attention(), executor).ok());
         EXPECT_EQ(last_plan().selection, Selection::kGiven);
         EXPECT_EQ(last_plan().far_pools, 0);
         ASSERT_TRUE(far_pools(call.far_pools(), executor).ok());
-        EXPECT_EQ(last_plan().stage, Stage::kFarPools);
+        EXPECT_EQ(last_plan().stages[0].stage, Stage::kFarPools);
         EXPECT_EQ(last_plan().far_pools, 5);
         ASSERT_TRUE(attention(call.attention(), executor).ok());
         EXPECT_EQ(last_plan().far_pools, 5);
         ASSERT_TRUE(omitted_mass(call.omitted_mass(), executor).ok());
         ASSERT_TRUE(select_tokens(call.select_tokens(9), executor).ok());
-        EXPECT_STREQ(path_name(last_plan().path), path);
+        EXPECT_STREQ(path_name(last_plan().stages[0].path), path);
     }
 }
 
-TEST(Dispatch, ImpossibleForcedPathIsAnError) {
-    Environment force("CONDENSATE_FORCE_PATH", "simt");
+TEST(Stages, ImpossibleForcedPathIsAnError) {
+    Variable force("CONDENSATE_FORCE_PATH", "simt");
     Call call = small_call();
     Status status = attention(call.attention(), Executor{});
     EXPECT_EQ(status.code, StatusCode::kInvalidArgument);
     EXPECT_NE(std::string(status.message).find("CONDENSATE_FORCE_PATH is simt"), std::string::npos);
 }
 
-TEST(Dispatch, EveryInstructionSetGivesTheSameLists) {
+TEST(Stages, EveryInstructionSetGivesTheSameLists) {
     const cpu::TileOps* tables[cpu::kMaxTileOps];
     cpu::list_tile_ops(tables);
     Call first({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, /*integers=*/true);
     for (const cpu::TileOps* table : tables) {
         if (table == nullptr) break;
-        Environment force("CONDENSATE_CPU_ISA", table->name);
+        Variable force("CONDENSATE_CPU_ISA", table->name);
         EXPECT_STREQ(cpu::isa_name(), table->name);
         Call call({DType::kBFloat16, 1, 2, 4, 100, 900, 40, 30, 10, true, 8}, 5, true);
         ASSERT_TRUE(select_tokens(call.select_tokens(60), threaded()).ok());
@@ -93,13 +94,13 @@ TEST(Dispatch, EveryInstructionSetGivesTheSameLists) {
             ASSERT_NEAR(call.lse[row], first.lse[row], 1e-4) << table->name;
     }
     first.threshold.clear();  // the lists are enough
-    Environment force("CONDENSATE_CPU_ISA", "mmx");
+    Variable force("CONDENSATE_CPU_ISA", "mmx");
     Status status = attention(first.attention(), Executor{});
     EXPECT_NE(std::string(status.message).find("CONDENSATE_CPU_ISA is \"mmx\", expected one of"),
               std::string::npos);
 }
 
-TEST(Dispatch, WindowsLargerThanTheContextAreDense) {
+TEST(Stages, WindowsLargerThanTheContextAreDense) {
     Call call = small_call();
     for (bool causal : {true, false})
         for (int64_t query_len : {1, 40}) {
@@ -116,7 +117,7 @@ TEST(Dispatch, WindowsLargerThanTheContextAreDense) {
         }
 }
 
-TEST(Dispatch, ErrorWordIsStickyUntilCleared) {
+TEST(Stages, ErrorWordIsStickyUntilCleared) {
     Call call = small_call();
     call.max_blocks = 1;
     call.block_indices.assign(static_cast<size_t>(call.lists()), 99);
@@ -135,10 +136,10 @@ TEST(Dispatch, ErrorWordIsStickyUntilCleared) {
     EXPECT_EQ(word, 0u);
 }
 
-TEST(Dispatch, StrictModeRaises) {
-    Environment strict("CONDENSATE_STRICT", "1");
+TEST(Stages, StrictModeRaises) {
+    Variable strict("CONDENSATE_STRICT", "1");
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Call call = small_call();
         ASSERT_TRUE(attention(call.attention(), Executor{}).ok());
         call.sampled = {0, 40};
@@ -161,7 +162,7 @@ TEST(Dispatch, StrictModeRaises) {
     }
 }
 
-TEST(Dispatch, CudaWithoutCudaKernelsSaysWhatToDo) {
+TEST(Stages, CudaWithoutCudaKernelsSaysWhatToDo) {
     if (built_with_cuda()) GTEST_SKIP() << "this build has CUDA kernels";
     Call call = small_call();
     Executor executor;
@@ -173,7 +174,7 @@ TEST(Dispatch, CudaWithoutCudaKernelsSaysWhatToDo) {
     EXPECT_EQ(block_select_workspace_bytes(call.select_blocks(Selector::kBlock, 1), executor), 0);
 }
 
-TEST(Dispatch, EmptyProblemsWriteNothing) {
+TEST(Stages, EmptyProblemsWriteNothing) {
     Call call({DType::kFloat32, 1, 1, 1, 0, 10, 8, 4, 0, true, 0});
     EXPECT_TRUE(attention(call.attention(), threaded()).ok());
     EXPECT_TRUE(select_tokens(call.select_tokens(3), threaded()).ok());
@@ -186,6 +187,20 @@ TEST(Dispatch, EmptyProblemsWriteNothing) {
     EXPECT_TRUE(attention(no_keys.attention(), threaded()).ok());
     EXPECT_EQ(no_keys.lse, std::vector<float>(3, -INFINITY));
     EXPECT_EQ(no_keys.out_at(2, 7), 0.0f);
+}
+
+TEST(Stages, AMissingWorkspaceIsNamed) {
+    Call call = small_call();
+    ASSERT_TRUE(block_summaries(call.block_summaries(Selector::kMean), Executor{}).ok());
+    const BlockSelectParams params = call.select_blocks(Selector::kMean, 1);
+    Context context;
+    ASSERT_TRUE(make_context(Executor{}, &context).ok());
+    Plan plan;
+    ASSERT_TRUE(plan_alone(params, context.facts, context.environment, &plan).ok());
+    plan.stages[0].workspace_bytes = 100;  // as on CUDA
+    EXPECT_STREQ(run_stage(params, plan.stages[0], context).message,
+                 "select_blocks: workspace is null, expected a pointer to 100 bytes; allocate them "
+                 "on the tensors' device.");
 }
 
 struct Merge {
@@ -201,7 +216,7 @@ struct Merge {
 
 TEST(MergeStates, WeightsByTheSoftmaxSums) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Merge half(2.0f, 1.0f, 4.0f, 1.0f);
         EXPECT_FLOAT_EQ(half.out[0], 3.0f);
         EXPECT_FLOAT_EQ(half.lse[0], 1.0f + std::log(2.0f));
@@ -216,7 +231,7 @@ TEST(MergeStates, WeightsByTheSoftmaxSums) {
 
 TEST(MergeStates, EmptySidesTakeNoPart) {
     for (const char* path : {"cpu", "cpu_reference"}) {
-        Environment force("CONDENSATE_FORCE_PATH", path);
+        Variable force("CONDENSATE_FORCE_PATH", path);
         Merge left(2.0f, 0.5f, NAN, -INFINITY);
         EXPECT_EQ(left.out[0], 2.0f);
         EXPECT_EQ(left.lse[0], 0.5f);
