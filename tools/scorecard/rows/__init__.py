@@ -8,6 +8,7 @@ from tools.scorecard.rows import (
     features,
     hostile,
     membership,
+    oracle,
     random_cases,
     repeatable,
     sizes,
@@ -16,6 +17,7 @@ from tools.scorecard.rows import (
 
 LINES = (
     random_cases.LINE,
+    oracle.LINE,
     membership.LINE,
     bad_calls.LINE,
     hostile.LINE,
