@@ -15,7 +15,7 @@ from tools.scorecard import __main__ as command
 from tools.scorecard import worker
 from tools.scorecard.calls import OPS
 from tools.scorecard.line import Line, Piece, Tally
-from tools.scorecard.rows import LINES, bad_calls, hostile, oracle, repeatable
+from tools.scorecard.rows import LINES, bad_calls, hostile, oracle, repeatable, soak
 
 
 def test_every_op_is_in_its_table():
@@ -114,20 +114,12 @@ def test_an_exception_is_a_failure():
 
 
 def test_work_is_kept_and_reported(tmp_path, monkeypatch, capsys):
-    options = [
-        "--only",
-        "errors raised",
-        "--state",
-        str(tmp_path),
-        "--docs",
-        str(tmp_path / "docs"),
-    ]
+    options = ["--only", "errors raised", "--state", str(tmp_path), "--commit", "here"]
+    options += ["--docs", str(tmp_path / "docs")]
     assert command.main(options) == 0
     first = capsys.readouterr().out
-    assert "2,000 errors: 0 failed" in first
+    assert "10,000 errors: 0 failed" in first
     monkeypatch.setattr(command.subprocess, "run", None)  # nothing is left to run
-    monkeypatch.setattr(command, "commit", lambda: json.loads(state.read_text())["commit"])
-    state = tmp_path / "errors_raised-cpu.json"
     assert command.main(options) == 0
     assert capsys.readouterr().out == first
     report = json.loads((tmp_path / "docs" / "reliability.json").read_text())["rows"]
@@ -138,12 +130,17 @@ def test_work_is_kept_and_reported(tmp_path, monkeypatch, capsys):
 
 def test_a_process_that_dies_is_a_failure(tmp_path, monkeypatch):
     line = next(line for line in LINES if line.name == "errors raised")
-    options = command.parse(["--state", str(tmp_path)])
+    options = command.parse(["--state", str(tmp_path), "--commit", "here"])
     dead = command.subprocess.CompletedProcess([], -11, "", "")
-    monkeypatch.setattr(command, "commit", lambda: "here")
     monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: dead)
     state = command.work_on(line, options, command.time.monotonic() + 60)
     assert state.failed == 1 and "-11" in state.failures[0] and state.is_done(line)
+
+
+def test_a_leak_is_seen():
+    kept: list[bytearray] = []
+    assert soak._grown("cpu", lambda: kept.append(bytearray(2000)), 10_000) > soak._limit(10_000)
+    assert soak._grown("cpu", lambda: None, 10_000) < soak._limit(10_000)
 
 
 def test_unknown_lines_are_refused():

@@ -57,3 +57,6 @@ clean="$PWD/$work/clean/bin/python"
 
 step "pytest on the wheel"
 "$clean" -m pytest -q -m "not gpu" "$@"
+
+step "scorecard, reduced"
+"$clean" -m tools.scorecard --again --state "$work/scorecard" --docs "$work"

@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540, help="stop after about so long")
     parser.add_argument("--only", action="append", metavar="LINE", help="may be repeated")
     parser.add_argument("--seed", type=int, help="of all calls; default: a new one")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
     parser.add_argument("--again", action="store_true", help="begin anew, keep nothing")
     parser.add_argument("--list", action="store_true", help="print the lines and stop")
     parser.add_argument("--state", type=Path, default=ROOT / "build" / "scorecard")
@@ -35,7 +36,7 @@ def begun(line: Line, options: argparse.Namespace) -> State:
     """The line's state, a new one where there is none of these sources and this size."""
     state = load(options.state, line.name, options.device)
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(10**9)
-    fresh = State(line.name, options.device, options.size, seed, commit())
+    fresh = State(line.name, options.device, options.size, seed, options.commit or commit())
     if state is None or options.again or (state.commit, state.size) != (fresh.commit, fresh.size):
         fresh.save(options.state)
         return fresh
