@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +25,17 @@ def _limit(calls: int) -> int:
 
 
 def resident_bytes(device: str) -> int:
-    if device == "cuda":
-        torch.cuda.synchronize()
-        free, _total = torch.cuda.mem_get_info()
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 - free
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    """Of the host, and what is taken of the device."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # free pages would hide what is added
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    if device != "cuda":
+        return resident
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return resident + total - free
 
 
 def _grown(device: str, body: Callable[[], None], calls: int) -> int:
@@ -40,7 +47,6 @@ def _grown(device: str, body: Callable[[], None], calls: int) -> int:
         before = resident_bytes(device)
         for _ in range(calls // 4):
             body()
-        gc.collect()
         grown.append(resident_bytes(device) - before)
     return sum(sorted(grown)[:-1])
 
