@@ -22,6 +22,7 @@ git ls-files -z '*.h' '*.cuh' '*.cc' '*.cu' '*.inl' | xargs -0 clang-format --dr
 ruff check .
 mypy
 mypy bench tools/*.py
+mypy --explicit-package-bases --follow-imports=silent -p tools.scorecard
 
 step "every header compiles alone"
 python tools/check_headers.py

@@ -49,7 +49,10 @@ class Op:
 def random_sizes(rng: random.Random, longest: int = 700) -> Sizes:
     """Edges of tiles and blocks more often than the middle."""
     edges = [1, 63, 64, 65, 127, 128, 129, 191, 256]
-    length = lambda most: rng.choice([e for e in edges if e <= most] + [rng.randint(1, most)])  # noqa: E731
+
+    def length(most: int) -> int:
+        return rng.choice([edge for edge in edges if edge <= most] + [rng.randint(1, most)])
+
     return Sizes(
         dtype=rng.choice(DTYPES),
         batch=rng.choice([1, 1, 2, 3]),

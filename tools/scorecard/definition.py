@@ -7,11 +7,12 @@ of them misread, another reads again. One KV head of one batch entry at a time, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-Array = np.ndarray
+Array = Any  # a numpy.ndarray
 BLOCK = 64
 EPS = 2.0**-24
 UNIT = {torch.float32: EPS, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -59,7 +60,7 @@ class Head:
 
     @property
     def blocks(self) -> int:
-        return -(-self.k.shape[0] // BLOCK)
+        return -(-len(self.k) // BLOCK)
 
     def visible(self, queries: Array) -> Array:
         """[queries, keys]"""
@@ -213,7 +214,9 @@ class Support:
     pool_blocks: int = 1
 
 
-def support(head: Head, queries: Array, listed: Array, far_field: bool, means: tuple) -> Support:
+def support(
+    head: Head, queries: Array, listed: Array, far_field: bool, means: tuple[Array, ...]
+) -> Support:
     """`listed` [blocks] bool; `means` are those of blocks of keys and of values, as rounded."""
     visible = head.visible(queries)
     of_key = np.arange(head.k.shape[0]) // BLOCK

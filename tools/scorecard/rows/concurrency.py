@@ -6,6 +6,7 @@ import multiprocessing
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def run_threads(piece: Piece) -> Tally:
     return tally
 
 
-def _child(queue: multiprocessing.Queue, seed: int) -> None:
+def _child(queue: Any, seed: int) -> None:
     torch.set_num_threads(1)
     queue.put([_sums(op_index, seed) for op_index in range(len(OPS))])
 
@@ -69,7 +70,7 @@ def run_processes(piece: Piece) -> Tally:
     torch.set_num_threads(1)  # torch's own pool does not outlive a fork
     expected = [_sums(op_index, seed) for op_index in range(len(OPS))]
     for method in ("fork", "spawn"):
-        context = multiprocessing.get_context(method)
+        context: Any = multiprocessing.get_context(method)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ SIZES = Sizes(batch=2, query_len=70, kv_len=400, topk=128)
 LIKE_TENSORS = ("query", "key", "value", "summaries", "out_a", "out_b")
 
 
-def _raw(op: Op) -> torch._ops.OpOverload:
+def _raw(op: Op) -> Any:
     return getattr(torch.ops.condensate, op.name).default
 
 
@@ -37,7 +38,7 @@ def _opcheck(op: Op, arguments: Arguments, device: str) -> bool:
     return set(results.values()) == {"SUCCESS"}
 
 
-def _split(arguments: Arguments) -> tuple[list[Tensor], Callable[[tuple], Arguments]]:
+def _split(arguments: Arguments) -> tuple[list[Tensor], Callable[[tuple[Tensor, ...]], Arguments]]:
     names = list(tensors_of(arguments))
     return [arguments[name] for name in names], lambda tensors: {
         **arguments,
@@ -67,8 +68,9 @@ def _export(op: Op, arguments: Arguments, device: str) -> bool:
 
 def _autocast(op: Op, arguments: Arguments, device: str) -> bool:
     def cast(value: object) -> object:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.bfloat16() if floating else value  # type: ignore[union-attr]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.bfloat16()
+        return value
 
     with torch.autocast(device, dtype=torch.bfloat16):
         under = op(arguments)
@@ -88,7 +90,7 @@ def _vmap(op: Op, arguments: Arguments, device: str) -> bool:
     return same(mapped, tuple(torch.stack(pair) for pair in zip(*singly, strict=True)))
 
 
-def _refuses(op: Op, arguments: Arguments, transform: Callable) -> bool:
+def _refuses(op: Op, arguments: Arguments, transform: Callable[..., Any]) -> bool:
     for name, tensor in tensors_of(arguments).items():
         if not tensor.is_floating_point():
             continue

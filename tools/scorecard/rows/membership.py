@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import condensate_ext
 import torch
 
@@ -33,14 +35,13 @@ def run(piece: Piece) -> Tally:
             device=piece.device,
         )
         silent = torch.zeros_like(query)
+        options: dict[str, Any] = case.attention_args
 
         def attend(
             marked: torch.Tensor, query: torch.Tensor = silent, key: torch.Tensor = key,
-            lists: tuple[torch.Tensor, ...] = lists, case: Case = case,
+            lists: tuple[torch.Tensor, ...] = lists, options: dict[str, Any] = options,
         ) -> torch.Tensor:  # fmt: skip
-            return condensate_ext.block_sparse_attention(
-                query, key, marked, *lists, **case.attention_args
-            )[0]
+            return condensate_ext.block_sparse_attention(query, key, marked, *lists, **options)[0]
 
         found = markers.attended(attend, value, keys)
         wrong = int((found != support[..., keys]).sum())

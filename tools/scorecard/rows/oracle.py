@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import condensate_ext as ops
 import numpy as np
@@ -14,7 +15,7 @@ from tools.scorecard import definition as by
 from tools.scorecard.line import Line, Piece, Tally
 
 CALLS = {"reduced": 15, "full": 50}  # a piece
-Array = np.ndarray
+Array = Any  # a numpy.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Call:
             made.append(content.to(self.device, self.dtype))
         return made[0], made[1], made[2]
 
-    def ranges(self) -> dict[str, object]:
+    def ranges(self) -> dict[str, Any]:
         return {
             "window": self.window, "anchors": self.anchors, "causal": self.causal,
             "scale": self.scale,
         }  # fmt: skip
 
-    def budget(self) -> dict[str, object]:
+    def budget(self) -> dict[str, Any]:
         per_head = self.per_head and torch.tensor(
             self.per_head, dtype=torch.int32, device=self.device
         )
@@ -179,18 +180,18 @@ class BlockCheck:
         query, key, value = call.tensors()
         self.qkv = [numbers(t) for t in (query, key, value)]
         selector = call.selector
-        units = ops.block_summaries(key, selector=selector)  # type: ignore[arg-type]
+        units = ops.block_summaries(key, selector=selector)
         common = {**call.ranges(), **call.budget(), "far_field": call.far_field}
-        lists = ops.select_blocks(query, units, key, kv_len=call.kv_len, **common)  # type: ignore[arg-type]
+        lists = ops.select_blocks(query, units, key, kv_len=call.kv_len, **common)
         given = ops.block_sparse_attention(
             query,
             key,
             value,
             *lists,
             far_field=call.far_field,
-            **call.ranges(),  # type: ignore[arg-type]
+            **call.ranges(),
         )
-        whole = ops.attention_forward(query, key, value, **common)  # type: ignore[arg-type]
+        whole = ops.attention_forward(query, key, value, **common)
         self.units, self.indices, self.counts = map(numbers, (units, *lists))
         self.given, self.whole = [numbers(t) for t in given], [numbers(t) for t in whole]
         means = [ops.block_summaries(t, selector="mean") for t in (key, value)]
@@ -302,7 +303,7 @@ def check_exact(call: Call) -> str:
         value,
         topk=call.topk,
         selector="exact",
-        **call.ranges(),  # type: ignore[arg-type]
+        **call.ranges(),
     )
     out, lse, estimate = map(numbers, results)
     nothing = np.zeros(-(-call.kv_len // 64), bool)

@@ -17,8 +17,8 @@ def _many_heads(piece: Piece, tally: Tally) -> None:
     one = torch.randn(1, heads, 3, 8, generator=piece.generator()).to(piece.device)
     many = one.expand(batch, heads, 3, 8)
     for options in ({"topk": 0, "window": 2}, {"topk": 64}, {"topk": 1, "selector": "exact"}):
-        out, lse, _ = condensate_ext.attention_forward(many, many, many, **options)  # type: ignore[arg-type]
-        single = condensate_ext.attention_forward(one, one, one, **options)  # type: ignore[arg-type]
+        out, lse, _ = condensate_ext.attention_forward(many, many, many, **options)
+        single = condensate_ext.attention_forward(one, one, one, **options)
         good = bool((out == single[0]).all() and (lse == single[1]).all())
         tally.check(good, f"{batch} x {heads} heads, {options}")
 
@@ -47,7 +47,7 @@ def _many_keys(piece: Piece, tally: Tally) -> None:
     key[:, :, length // 3, 0] = 20  # a needle
     value[:, :, length // 3] = 1
     for selector in ("block", "exact"):
-        out = condensate_ext.attention(query, key, value, topk=64, selector=selector)  # type: ignore[arg-type]
+        out = condensate_ext.attention(query, key, value, topk=64, selector=selector)
         tally.check(bool((out > 0.99).all()), f"the needle among {length} keys, {selector}")
 
 

@@ -79,7 +79,7 @@ def run_errors(piece: Piece) -> Tally:
     def body() -> None:
         for fault in faults:
             try:
-                condensate_ext.attention(query, query, query, **fault)  # type: ignore[arg-type]
+                condensate_ext.attention(query, query, query, **fault)
             except ValueError:
                 continue
             tally.fail(f"{fault} was accepted")
