@@ -10,7 +10,7 @@ from tests.testkit.poison import LAYOUTS, embed, poisoned_outputs
 from tools.scorecard.calls import OPS, random_sizes, same
 from tools.scorecard.line import Line, Piece, Tally
 
-CALLS = {"reduced": 8, "full": 60}  # of each op in a piece
+CALLS = {"reduced": 8, "full": 20}  # of each op in a piece
 ROW_ARGUMENTS = ("query", "key", "value")  # that may have any strides
 
 

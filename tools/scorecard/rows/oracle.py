@@ -179,7 +179,7 @@ class BlockCheck:
         self.call = call
         query, key, value = call.tensors()
         self.qkv = [numbers(t) for t in (query, key, value)]
-        selector = call.selector
+        selector: Any = call.selector
         units = ops.block_summaries(key, selector=selector)
         common = {**call.ranges(), **call.budget(), "far_field": call.far_field}
         lists = ops.select_blocks(query, units, key, kv_len=call.kv_len, **common)
