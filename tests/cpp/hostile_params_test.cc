@@ -1,5 +1,6 @@
 // Parameters out of a hat, all pointers null: refused, or a call that has nothing to write. Never a
-// crash, whatever products of sizes come to. CONDENSATE_FUZZ_CALLS says how many (default a million).
+// crash, whatever products of sizes come to. CONDENSATE_FUZZ_CALLS says how many (default a
+// million).
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
