@@ -11,13 +11,19 @@ from pathlib import Path
 from tools.scorecard.line import KEPT_FAILURES, Line, Tally
 
 ROOT = Path(__file__).resolve().parents[2]
+TRIED = ("csrc", "python", "cmake", "CMakeLists.txt", "tools/scorecard", "tests/testkit")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments, "--", *TRIED]
+    return subprocess.run(command, text=True, capture_output=True, check=False).stdout.strip()
 
 
 def commit() -> str:
-    """The commit of the sources, marked where they differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The last commit of what is tried, marked where the files differ from it. A commit of a report
+    alone is none."""
+    last = _git("rev-list", "-1", "--abbrev-commit", "HEAD") or "unknown"
+    return f"{last}-dirty" if _git("status", "--porcelain", "--untracked-files=no") else last
 
 
 @dataclass
