@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from condensate_ext.evaluate import make_needles
+from condensate_ext.model_files import load_causal_lm
 from torch import Tensor
 
 OUTPUT = Path(__file__).resolve().parent.parent / "python/condensate_ext/data/captured_layer.npz"
@@ -88,8 +89,6 @@ def write(layer: Layer, queries: int, facts: dict[str, Any], path: Path) -> None
 
 
 def main() -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="documents separated by NUL")
@@ -99,9 +98,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    model.eval()
+    tokenizer, model = load_causal_lm(options.model, torch.float32)
     text = options.text.read_text(encoding="utf-8").split("\0")[options.document]
     ids, statement = prompt(tokenizer, text, options.tokens)
     layers = capture(model, ids)

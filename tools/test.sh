@@ -22,6 +22,7 @@ git ls-files -z '*.h' '*.cuh' '*.cc' '*.cu' '*.inl' | xargs -0 clang-format --dr
 ruff check .
 mypy
 mypy bench tools/*.py
+mypy --explicit-package-bases --follow-imports=silent -p tools.scorecard
 
 step "every header compiles alone"
 python tools/check_headers.py
@@ -57,3 +58,6 @@ clean="$PWD/$work/clean/bin/python"
 
 step "pytest on the wheel"
 "$clean" -m pytest -q -m "not gpu" "$@"
+
+step "scorecard, reduced"
+"$clean" -m tools.scorecard --again --state "$work/scorecard" --docs "$work"

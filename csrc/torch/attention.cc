@@ -96,8 +96,11 @@ std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Ten
     const Problem& p = call.problem;
     const int64_t tiles = num_tiles(p.query_len, p.group());
     if (block_indices.dim() != 4)
-        fail(op, "block_indices has shape " + shape_string(block_indices) +
-                     ", expected [batch, kv_heads, tiles, blocks] as select_blocks returns it.");
+        fail(
+            op,
+            "block_indices has shape " + shape_string(block_indices) +
+                ", expected [batch, kv_heads, tiles, blocks] as select_blocks returns it; pass its "
+                "results.");
     const int64_t width = block_indices.size(3);
     const Argument q{op, "query", query};
     check_contiguous({op, "block_indices", block_indices}, ScalarType::Int, q,

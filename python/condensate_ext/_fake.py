@@ -231,7 +231,7 @@ def _block_sparse_attention(
     if block_indices.dim() != 4:
         indices.fail(
             f"has shape {indices.shape}, expected [batch, kv_heads, tiles, blocks] as "
-            "select_blocks returns it."
+            "select_blocks returns it; pass its results."
         )
     checks.contiguous(indices, torch.int32, q, (*lists, block_indices.shape[3]))
     checks.contiguous(Argument(op, "block_counts", block_counts), torch.int32, q, lists)

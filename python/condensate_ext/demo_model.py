@@ -13,6 +13,7 @@ from torch import Tensor
 
 from condensate_ext import evaluate
 from condensate_ext.evaluate import Policy, covering, keys_per_query, policy
+from condensate_ext.model_files import load_causal_lm
 
 _NEEDLE_DISTANCE = 24576  # tokens; farther than that small models fail densely too
 
@@ -32,18 +33,13 @@ class _Setup:
     """The model on its device, and as much text as the context holds."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         gpu = torch.device(options.device).type == "cuda"
         dtype = options.dtype or ("bfloat16" if gpu else "float32")
         self.context = options.context or (32768 if gpu else 4096)
         self.decode_tokens = options.decode or min(512 if gpu else 256, self.context // 4)
         self.text = _read_text(options.text)[: 16 * self.context]
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        )
-        self.model = model.to(options.device).eval()
+        self.tokenizer, model = load_causal_lm(options.model, getattr(torch, dtype))
+        self.model = model.to(options.device)
         ids = self.tokenizer(self.text, return_tensors="pt", add_special_tokens=False).input_ids
         if ids.shape[1] < self.context + 1:
             raise SystemExit(

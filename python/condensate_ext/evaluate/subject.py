@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from condensate_ext.evaluate.text import Window, read_windows
+from condensate_ext.model_files import load_causal_lm
 
 _GPU_CONTEXT, _CPU_CONTEXT = 32768, 4096
 
@@ -73,17 +74,10 @@ def load(
     Raises:
         ValueError: a path, the context or the text does not do.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if not (model / "config.json").is_file():
-        raise ValueError(f"--model {model} has no config.json: give a folder of a Hugging Face LM.")
     if not text.is_file():
         raise ValueError(f"--text {text} is no file: give a text, documents separated by NUL.")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    )
-    loaded = loaded.to(device).eval()
+    tokenizer, loaded = load_causal_lm(model, getattr(torch, dtype))
+    loaded = loaded.to(device)
     tokens = _context(context, loaded, device)
     windows = read_windows(text, tokenizer, tokens + 1, documents)
     return Subject(loaded, tokenizer, windows, tokens, batch)
