@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate::reference {
@@ -24,6 +25,10 @@ template <class Acc>
 void omitted_mass(const OmittedMassParams& params, uint32_t* errors);
 template <class Acc>
 void merge_states(const MergeStatesParams& params);
+
+// Always in double, but for what decode.h rounds to 8 bits in float.
+void update_kv_summaries(const UpdateSummariesParams& params, uint32_t* errors);
+void attention_with_kvcache(const DecodeParams& params, uint32_t* errors);
 
 // The valid entries of one list as a flag per block; faults are added to *errors.
 std::vector<char> listed_blocks(const int32_t* indices, int32_t count, int64_t max_blocks,

@@ -1,6 +1,7 @@
 // The public C++ API: validates, plans, runs. Nothing here throws, exits or allocates tensors.
 #pragma once
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate {
@@ -15,6 +16,12 @@ Status far_pools(const FarPoolsParams& params, const Executor& executor);
 Status attention(const AttentionParams& params, const Executor& executor);
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);
+
+// Decoding over a cache; docs/decoding.md. Bytes of scratch, which depend on the capacity of the
+// cache and not on its lengths (0 on the CPU).
+int64_t decode_workspace_bytes(const DecodeParams& params, const Executor& executor);
+Status attention_with_kvcache(const DecodeParams& params, const Executor& executor);
+Status update_kv_summaries(const UpdateSummariesParams& params, const Executor& executor);
 
 // The sticky error word (ErrorBit) of a device; a CUDA executor synchronises its stream first.
 Status read_error_word(const Executor& executor, bool clear, uint32_t* word);
