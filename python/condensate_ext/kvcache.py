@@ -33,7 +33,7 @@ Shared by all functions:
   a multiple of 64. Without one ``N`` is ``B`` and ``P`` any capacity.
 * ``cache_seqlens``: ``[B]`` int32, keys of each sequence, those of the new queries included. Query
   ``i`` has position ``cache_seqlens[b] - Lq + i`` and attends keys up to it.
-* ``key_scale``, ``value_scale``: ``[Hkv]`` float32, factors of what an 8-bit cache holds; default 1.
+* ``key_scale``, ``value_scale``: ``[Hkv]`` float32, factors of an 8-bit cache; default 1.
 * Lengths and tables are read on the device and bounded there, so that a CUDA graph may be replayed
   with others. What is out of bounds is skipped and sets :func:`condensate_ext.read_error_word`.
 * Forward only; under ``torch.autocast`` the query is cast, the caches are not. Invalid arguments
