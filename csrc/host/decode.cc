@@ -62,6 +62,7 @@ LaunchContext context_of(const DeviceFacts& facts, const Executor& executor) {
     LaunchContext context;
     context.stream = static_cast<cudaStream_t>(executor.stream);
     context.sm_count = facts.sm_count;
+    context.sm_major = facts.sm_major;
     context.max_smem_per_block_bytes = facts.max_smem_per_block_bytes;
     return context;
 }

@@ -217,13 +217,16 @@ std::vector<char> given_tokens(const DecodeParams& p, const QueryView& view, uin
 }
 
 void store_list(const DecodeParams& p, const QueryView& view, const std::vector<char>& listed) {
-    if (p.token_indices == nullptr) return;
-    int32_t* tokens = p.token_indices + view.list() * p.topk;
     int32_t count = 0;
-    for (size_t j = 0; j < listed.size(); ++j)
-        if (listed[j]) tokens[count++] = static_cast<int32_t>(j);
+    for (size_t j = 0; j < listed.size(); ++j) {
+        if (!listed[j]) continue;
+        if (p.token_indices != nullptr)
+            p.token_indices[view.list() * p.topk + count] = static_cast<int32_t>(j);
+        ++count;
+    }
     if (p.token_counts != nullptr) p.token_counts[view.list()] = count;
-    std::fill(tokens + count, tokens + p.topk, -1);
+    if (p.token_indices != nullptr)
+        std::fill_n(p.token_indices + view.list() * p.topk + count, p.topk - count, -1);
 }
 
 // What enters a row's softmax: a key, or a pool by its weight.
@@ -233,38 +236,74 @@ struct Term {
     bool is_pool;
 };
 
-// The weight of pool `pool` for head g, in logarithms.
-double pool_weight(const QueryView& view, int g, int64_t pool, const Selection& selection) {
-    const DecodeSpan& span = view.span;
-    std::vector<double> parts;
-    for (int64_t j = pool * view.pool(); j < (pool + 1) * view.pool(); ++j) {
-        if (!span.is_candidate(static_cast<int32_t>(j)) || !view.is_there(j)) continue;
-        const int64_t unit = j / kUnitKeys;
-        if (selection.shortlisted[static_cast<size_t>(unit)] == 0)
-            parts.push_back(view.unit_score(g, unit));
-        else if (selection.listed[static_cast<size_t>(j)] == 0)
-            parts.push_back(view.key_score(g, j));
-    }
-    return log_sum(parts);
+// The unlisted candidates of one unit as one head scores them.
+struct UnitRest {
+    double keys = 0;               // n_u
+    double score = 0;              // s_u
+    double mass = kMinusInfinity;  // logarithm of their part of the omitted mass
+};
+UnitRest rest_of_unit(const QueryView& view, int g, int64_t unit, const Selection& selection) {
+    UnitRest rest;
+    std::vector<double> scores;
+    const bool shortlisted = selection.shortlisted[static_cast<size_t>(unit)] != 0;
+    for (int64_t j = unit * kUnitKeys; j < (unit + 1) * kUnitKeys; ++j)
+        if (!view.is_attended_anyway(j) && view.is_there(j) &&
+            selection.listed[static_cast<size_t>(j)] == 0)
+            scores.push_back(shortlisted ? view.key_score(g, j) : view.unit_score(g, unit));
+    if (scores.empty()) return rest;
+    rest.keys = static_cast<double>(scores.size());
+    rest.score = std::accumulate(scores.begin(), scores.end(), 0.0) / rest.keys;
+    rest.mass = log_sum(scores);
+    return rest;
 }
 
+// What is left over of a sequence, for one head.
+struct Rest {
+    std::vector<Term> pools;
+    double mass = kMinusInfinity;  // in logarithms
+};
+Rest rest_of(const QueryView& view, int g, const Selection& selection) {
+    Rest rest;
+    std::vector<double> masses;
+    for (int64_t pool = 0; pool * view.pool() < view.span.recent_begin; ++pool) {
+        std::vector<double> weights;
+        const int64_t units = view.pool() / kUnitKeys;
+        const int64_t end = min_i64((pool + 1) * units, view.span.end_unit());
+        for (int64_t unit = pool * units; unit < end; ++unit) {
+            const UnitRest part = rest_of_unit(view, g, unit, selection);
+            if (part.keys == 0) continue;
+            weights.push_back(std::log(part.keys) + part.score);
+            masses.push_back(part.mass);
+        }
+        if (!weights.empty()) rest.pools.push_back({log_sum(weights), pool, true});
+    }
+    rest.mass = log_sum(masses);
+    return rest;
+}
+
+void store_estimate(const DecodeParams& p, int64_t row, const std::vector<Term>& attended,
+                    double rest) {
+    if (p.omitted_mass_estimate == nullptr) return;
+    std::vector<double> scores;
+    for (const Term& term : attended) scores.push_back(term.score);
+    p.omitted_mass_estimate[row] =
+        static_cast<float>(rest == kMinusInfinity ? 0 : 1 / (1 + std::exp(log_sum(scores) - rest)));
+}
+
+// Softmax over the terms and the head's sink, then the weighted values.
 void store_row(const DecodeParams& p, const QueryView& view, int64_t b, int64_t i, int g,
                const std::vector<Term>& terms) {
-    double max = p.sinks != nullptr && view.span.visible > 0
-                     ? static_cast<double>(p.sinks[view.head(g)])
-                     : kMinusInfinity;
-    const double sink = max;
-    std::vector<double> attended, condensed;
-    for (const Term& term : terms) {
-        (term.is_pool ? condensed : attended).push_back(term.score);
-        if ((term.is_pool && !p.far_field) || max != max) continue;
+    const double sink = p.sinks != nullptr && view.span.visible > 0
+                            ? static_cast<double>(p.sinks[view.head(g)])
+                            : kMinusInfinity;
+    double max = sink;
+    for (const Term& term : terms)
         if (term.score > max || term.score != term.score) max = term.score;
-    }
     const bool empty = max == kMinusInfinity;
     double sum = empty ? 0 : std::exp(sink - max);
     std::vector<double> out(static_cast<size_t>(p.head_dim), 0);
     for (const Term& term : terms) {
-        if (empty || (term.is_pool && !p.far_field)) continue;
+        if (empty) break;
         const double weight = std::exp(term.score - max);
         sum += weight;
         for (int64_t d = 0; d < p.head_dim; ++d)
@@ -278,27 +317,19 @@ void store_row(const DecodeParams& p, const QueryView& view, int64_t b, int64_t 
                      static_cast<float>(empty ? 0 : out[static_cast<size_t>(d)] / sum));
     if (p.lse != nullptr)
         p.lse[view.row(g)] = static_cast<float>(empty ? max : max + std::log(sum));
-    if (p.omitted_mass_estimate != nullptr) {
-        const double rest = log_sum(condensed);
-        p.omitted_mass_estimate[view.row(g)] = static_cast<float>(
-            rest == kMinusInfinity ? 0 : 1 / (1 + std::exp(log_sum(attended) - rest)));
-    }
 }
 
 void attend(const DecodeParams& p, const QueryView& view, int64_t b, int64_t i,
             const Selection& selection, bool condenses) {
-    const DecodeSpan& span = view.span;
     for (int g = 0; g < p.group(); ++g) {
         std::vector<Term> terms;
-        for (int64_t j = 0; j < span.visible; ++j)
+        for (int64_t j = 0; j < view.span.visible; ++j)
             if (view.is_there(j) &&
                 (view.is_attended_anyway(j) || selection.listed[static_cast<size_t>(j)]))
                 terms.push_back({view.key_score(g, j), j, false});
-        if (condenses)
-            for (int64_t pool = 0; pool * view.pool() < span.recent_begin; ++pool) {
-                const double weight = pool_weight(view, g, pool, selection);
-                if (weight != kMinusInfinity) terms.push_back({weight, pool, true});
-            }
+        const Rest rest = condenses ? rest_of(view, g, selection) : Rest{};
+        store_estimate(p, view.row(g), terms, rest.mass);
+        if (p.far_field) terms.insert(terms.end(), rest.pools.begin(), rest.pools.end());
         store_row(p, view, b, i, g, terms);
     }
 }

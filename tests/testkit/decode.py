@@ -428,17 +428,27 @@ def lists(v: View, short: Tensor) -> list[Tensor]:
     return found
 
 
-def log_pool_weights(v: View, short: Tensor, listed: Tensor) -> Tensor:
-    """[Hkv, G, pools]: logarithm of the weight of the rest of every pool."""
-    case = v.case
-    unit_of = torch.arange(v.visible, device=short.device) // UNIT
-    whole = v.unit_scores.shape[-1]
-    by_unit = v.unit_scores[..., unit_of.clamp(max=whole - 1)] if whole else v.key_scores
-    scores = torch.where(short[:, None], v.key_scores, by_unit)
-    rest = v.candidates & ~listed
-    pools = v.pool_values.shape[1]
-    scores = scores.masked_fill(~rest[:, None], -torch.inf)[..., : pools * case.pool]
-    return torch.logsumexp(scores.unflatten(-1, (pools, case.pool)), -1)
+@dataclass(frozen=True)
+class Rest:
+    """What is left over of a sequence, for all heads."""
+
+    weights: Tensor  # [Hkv, G, pools]: logarithms of the pools' weights
+    mass: Tensor  # [Hkv, G]: logarithm of the omitted mass
+
+
+def rest_of(v: View, short: Tensor, listed: Tensor) -> Rest:
+    whole = v.unit_scores.shape[-1] * UNIT
+    pool_keys = v.pool_values.shape[1] * v.case.pool  # no candidate is after them
+    short, rest = short[:, :whole], (v.candidates & ~listed)[:, :whole]
+    by_unit = v.unit_scores.repeat_interleave(UNIT, -1)
+    scores = torch.where(short[:, None], v.key_scores[..., :whole], by_unit)
+    scores, rest = scores.unflatten(-1, (-1, UNIT)), rest[:, None].unflatten(-1, (-1, UNIT))
+    count = rest.sum(-1)
+    mean = torch.where(rest, scores, 0.0).sum(-1) / count
+    units = torch.where(count > 0, count.log() + mean, -torch.inf)
+    units = units[..., : pool_keys // UNIT].unflatten(-1, (-1, v.case.pool // UNIT))
+    mass = scores.masked_fill(~rest, -torch.inf).flatten(-2)
+    return Rest(torch.logsumexp(units, -1), torch.logsumexp(mass, -1))
 
 
 @dataclass(frozen=True)
@@ -453,21 +463,18 @@ class Expected:
     finite: Tensor
 
 
-def attend(v: View, listed: Tensor, weights: Tensor | None, sinks: Tensor | None) -> Expected:
-    """Attention over anchors, recent keys and `listed` (bool [Hkv, visible]); `weights` are the
-    pools', or None."""
+def attend(v: View, listed: Tensor, rest: Rest | None, sinks: Tensor | None) -> Expected:
+    """Attention over anchors, recent keys and `listed` (bool [Hkv, visible])."""
     case = v.case
     support = ((v.anyway | listed) & v.there)[:, None].expand_as(v.key_scores)
     terms = v.key_scores.masked_fill(~support, -torch.inf)
     values = torch.where(v.there[None, :, None], v.values, 0.0)
-    condensed = torch.full_like(terms[..., :1], -torch.inf)
-    if weights is not None and weights.shape[-1] > 0:
-        condensed = weights
-    kept = torch.logsumexp(torch.nn.functional.pad(terms, (0, 1), value=-torch.inf), -1)
-    rest = torch.logsumexp(condensed, -1)
-    omitted = torch.where(rest == -torch.inf, 0.0, 1 / (1 + (kept - rest).exp()))
-    if weights is not None and case.far_field:
-        terms = torch.cat([terms, weights], -1)
+    omitted = torch.zeros_like(v.sizes)
+    if rest is not None:
+        kept = torch.logsumexp(terms, -1)
+        omitted = torch.where(rest.mass == -torch.inf, 0.0, 1 / (1 + (kept - rest.mass).exp()))
+    if rest is not None and case.far_field:
+        terms = torch.cat([terms, rest.weights], -1)
         values = torch.cat([values, v.pool_values], 1)
     denominator = [terms]
     if sinks is not None and v.visible > 0:
@@ -481,6 +488,7 @@ def attend(v: View, listed: Tensor, weights: Tensor | None, sinks: Tensor | None
     size = v.sizes.clamp(min=case.softcap)
     accumulate = 2 * (case.head_dim + 4) * EPS * size[..., None] + (v.visible + 16) * EPS
     bound = unit * (weight + out.abs()) * (1 + 2 * unit) + accumulate * weight
+    bound = bound + unit * torch.finfo(case.dtype).smallest_normal  # below it steps stay as wide
     lse_bound = 4 * EPS * (size + lse.abs().nan_to_num(posinf=0.0) + 16)
     return Expected(out, lse, omitted, bound, lse_bound, out.isfinite())
 
@@ -499,7 +507,7 @@ def expect(
             v = view(cache, b, i)
             shape = (case.kv_heads, v.visible)
             listed = torch.zeros(shape, dtype=torch.bool, device=cache.key.device)
-            weights = None
+            rest = None
             if mode == "dense" or (mode == "select" and v.dense):
                 listed |= True
             else:
@@ -508,8 +516,8 @@ def expect(
                 for h, tokens in enumerate(chosen):
                     listed[h, tokens.long()] = True
                 if mode == "select":
-                    weights = log_pool_weights(v, short, listed)
-            parts.append(attend(v, listed, weights, cache.sinks))
+                    rest = rest_of(v, short, listed)
+            parts.append(attend(v, listed, rest, cache.sinks))
     shape = (len(cache.lengths), case.query_len, case.query_heads)
 
     def stack(name: str) -> Tensor:
