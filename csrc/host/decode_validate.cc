@@ -53,10 +53,10 @@ Status check_cache(const char* op, const KvCache& cache, int64_t batch) {
                            "%s: page_size is %lld, expected 16, 32, 48 or a multiple of 64; "
                            "allocate the cache with such pages.",
                            op, static_cast<LL>(p));
-    if (!paged && (cache.num_pages < batch || cache.max_pages != 1))
+    if (!paged && (cache.num_pages != batch || cache.max_pages != 1))
         return make_status(StatusCode::kInvalidArgument,
                            "%s: key_cache has %lld sequences and batch is %lld, expected one for "
-                           "each without a block_table; pass a block_table or the right cache.",
+                           "each without a block_table; pass a block_table, or key_cache[:batch].",
                            op, static_cast<LL>(cache.num_pages), static_cast<LL>(batch));
     if (cache.capacity() >= kMaxLength)
         return make_status(StatusCode::kInvalidArgument,
@@ -77,11 +77,19 @@ Status check_head_dim(const char* op, int64_t head_dim) {
                        op, static_cast<LL>(head_dim));
 }
 
-Status check_finite(const char* op, const char* name, float value) {
-    if (std::isfinite(value)) return {};
+Status check_scale(const char* op, float scale) {
+    if (std::isfinite(scale)) return {};
     return make_status(StatusCode::kInvalidArgument,
-                       "%s: %s is %g, expected a finite number; pass None for its default.", op,
-                       name, static_cast<double>(value));
+                       "%s: scale is %g, expected a finite number; pass None for "
+                       "1/sqrt(head_dim).",
+                       op, static_cast<double>(scale));
+}
+
+Status check_softcap(const char* op, float softcap) {
+    if (softcap >= 0 && std::isfinite(softcap)) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: softcap is %g, expected a finite number from 0 on; pass 0 for none.",
+                       op, static_cast<double>(softcap));
 }
 
 Status check_query(const char* op, const DecodeParams& p) {
@@ -162,8 +170,8 @@ Status validate(const DecodeParams& p) {
     if (status.ok()) status = check_head_dim(op, p.head_dim);
     if (status.ok()) status = check_cache(op, p.cache, p.batch);
     if (status.ok()) status = check_budget(op, p);
-    if (status.ok()) status = check_finite(op, "scale", p.scale);
-    if (status.ok()) status = check_finite(op, "softcap", p.softcap);
+    if (status.ok()) status = check_scale(op, p.scale);
+    if (status.ok()) status = check_softcap(op, p.softcap);
     if (status.ok()) status = check_outputs(op, p);
     return status;
 }

@@ -125,7 +125,7 @@ class Cache:
 
     def update(self, appended: int | None = None) -> None:
         """Brings the summaries up to date, by default with all keys."""
-        appended = max(1, *self.lengths.tolist()) if appended is None else appended
+        appended = max([1, *self.lengths.tolist()]) if appended is None else appended
         self.summaries.update_(
             self.key, self.value, self.lengths, appended=appended, **self.update_args
         )
@@ -344,7 +344,7 @@ def view(cache: Cache, b: int, i: int) -> View:
     if cache.key_scale is not None:
         key = key * cache.key_scale[:, None, None].double()
         value = value * cache.value_scale[:, None, None].double()
-    j = torch.arange(visible, device=key.device)
+    j, pages = torch.arange(visible, device=key.device), cache.pages(b)
     cut = case.pool * (visible // case.pool)
     recent = max(0, min(visible - case.window, cut))
     anyway = (j < min(case.anchors, recent)) | (j >= recent)
@@ -366,13 +366,15 @@ def view(cache: Cache, b: int, i: int) -> View:
     return View(
         case,
         visible,
-        cache.pages(b)[:visible] >= 0,
+        pages[:visible] >= 0,
         anyway,
         _capped(case, scale * (query.double() @ key.mT)),
         _capped(case, scale * unit_scores),
         sizes,
         value,
-        pools[:, : visible // case.pool],
+        torch.where((pages[:: case.pool] < 0)[None, :, None], 0.0, pools)[
+            :, : visible // case.pool
+        ],
     )
 
 
