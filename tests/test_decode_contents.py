@@ -1,4 +1,4 @@
-"""Hostile tables, lengths and lists; what a batch, a page order or a second run may change: nothing."""
+"""Hostile tables, lengths and lists; what a batch, a page order or a second run may not change."""
 
 from __future__ import annotations
 

@@ -48,6 +48,10 @@ struct TileOps {
     bool (*load_rows)(DType dtype, const void* source, int64_t stride, int rows, int dim,
                       float* target, int ld);
 
+    // The same from 8-bit integers; every number is finite.
+    void (*load_int8_rows)(const int8_t* source, int64_t stride, int rows, int dim, float* target,
+                           int ld);
+
     // scores = scale * keys · queries for 64 keys and `panels` panels.
     void (*score)(const float* queries, const float* keys, int ld, int dim, int panels, float scale,
                   float* scores);

@@ -32,19 +32,30 @@ void run_reference(const DecodeParams& p, uint32_t* errors) {
 void run_reference(const UpdateSummariesParams& p, uint32_t* errors) {
     reference::update_kv_summaries(p, errors);
 }
+Status run_fast(const DecodeParams& p, const Executor& executor, uint32_t* errors) {
+    return cpu::attention_with_kvcache(p, executor, errors);
+}
+Status run_fast(const UpdateSummariesParams& p, const Executor& executor, uint32_t* errors) {
+    return cpu::update_kv_summaries(p, executor, errors);
+}
 
 template <class Params>
-Status run_on_cpu(const Params& params, const Policy&, const Executor&) {
+Status run_on_cpu(const Params& params, const Policy& policy, const Executor& executor) {
     uint32_t errors = 0;
+    Status status = cpu::check_isa();
+    if (!status.ok()) return status;
     try {
-        run_reference(params, &errors);
+        if (policy.forced && policy.path == Path::kCpuReference)
+            run_reference(params, &errors);
+        else
+            status = run_fast(params, executor, &errors);
     } catch (const std::exception& error) {  // out of memory
         return make_status(StatusCode::kUnsupported, "%s: the host has no memory left: %s.",
                            name_of(params), error.what());
     }
-    if (is_strict() && errors != 0) return status_of_error_word(name_of(params), errors);
+    if (status.ok() && is_strict()) return status_of_error_word(name_of(params), errors);
     set_cpu_error(errors);
-    return {};
+    return status;
 }
 
 #if defined(CONDENSATE_WITH_CUDA)

@@ -62,8 +62,10 @@ inline float e4m3_to_float(uint8_t byte) {
     const uint32_t sign = uint32_t{byte & 0x80u} << 24;
     const uint32_t magnitude = byte & 0x7fu;
     if (magnitude == 0x7fu) return float_from_bits(sign | 0x7fc00000u);
-    // Exponent and mantissa in place are 2^-120 times the value, subnormals included.
-    const float value = float_from_bits(magnitude << 20) * float_from_bits(247u << 23);
+    if (magnitude >= 0x08u) return float_from_bits(sign | ((magnitude << 20) + (120u << 23)));
+    // Subnormal: m * 2^-9, by putting m below the mantissa of 2^-6 and subtracting 2^-6.
+    const float value =
+        float_from_bits((magnitude << 20) + (121u << 23)) - float_from_bits(121u << 23);
     return float_from_bits(sign | float_bits(value));
 }
 
