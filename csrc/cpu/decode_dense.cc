@@ -12,7 +12,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t kChunkKeys = 2048;  // the same whatever the batch, so that results are too
 
 struct DenseScratch {
-    float* queries;  // panels
+    QueryTile queries;
     float* row;      // [dim]
     float* keys;     // [kTileKeys][dim], then the values
     float* scores;   // [kTileKeys][kScoreStride]
@@ -36,12 +36,12 @@ struct DenseItem {
 };
 
 void load_queries(const DecodeCall& call, const DenseItem& item, DenseScratch& s) {
-    std::fill(s.queries, s.queries + int64_t{kMaxRows} * call.dim, 0.0f);
+    s.queries.clear(item.rows);
     for (int r = 0; r < item.rows; ++r) {
         const int64_t row = item.first_row + r;
         call.load_query(item.b, item.kv, row / call.group, static_cast<int>(row % call.group),
                         s.row);
-        put_query(s.row, r, call.dim, s.queries);
+        s.queries.put(s.row, r);
     }
 }
 
@@ -76,8 +76,7 @@ void attend_tile(const DecodeCall& call, const DenseItem& item, int64_t first, i
     bool there[kTileKeys];
     for (int n = 0; n < count; ++n) keys[n] = static_cast<int32_t>(first) + n;
     sequence.load_keys(call.ops, keys, count, s.keys, there);
-    call.ops.score(s.queries, s.keys, call.dim, call.dim, panels,
-                   call.p.scale * sequence.key_scale(), s.scores);
+    s.queries.score(call.ops, s.keys, item.rows, call.p.scale * sequence.key_scale(), s.scores);
     const int columns = panels * kPanelRows;
     if (call.p.softcap > 0)
         for (int n = 0; n < count; ++n)
@@ -92,7 +91,8 @@ void attend_tile(const DecodeCall& call, const DenseItem& item, int64_t first, i
     const bool finite = sequence.load_values(call.ops, keys, count, s.keys, there);
     std::fill(s.keys + int64_t{count} * call.dim, s.keys + int64_t{kTileKeys} * call.dim, 0.0f);
     if (finite)
-        call.ops.accumulate(s.scores, s.keys, call.dim, columns, s.state->rescale, s.out);
+        call.ops.accumulate(s.scores, s.keys, call.dim, accumulated_rows(item.rows),
+                            s.state->rescale, s.out);
     else
         accumulate_attended(call, item, s);
 }
@@ -157,7 +157,7 @@ Status attend_densely(DecodeCall& call) {
     partials.out.reset(new float[count * static_cast<size_t>(call.dim)]);
     const int64_t row_tiles = ceil_div(partials.rows, kMaxRows);
     auto layout = [&](Arena& arena) {
-        return DenseScratch{arena.take<float>(int64_t{kMaxRows} * call.dim),
+        return DenseScratch{{arena.take<float>(int64_t{kMaxRows} * call.dim), call.group, call.dim},
                             arena.take<float>(call.dim),
                             arena.take<float>(int64_t{kTileKeys} * call.dim),
                             arena.take<float>(int64_t{kTileKeys} * kScoreStride),

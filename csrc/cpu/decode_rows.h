@@ -97,11 +97,43 @@ class SequenceRows {
     int dim_;
 };
 
-// Row r of a tile of queries, [panel][dim][kPanelRows].
-inline void put_query(const float* row, int r, int dim, float* panels) {
-    float* at = panels + int64_t{r / kPanelRows} * dim * kPanelRows + r % kPanelRows;
-    for (int d = 0; d < dim; ++d) at[d * kPanelRows] = row[d];
-}
+// The queries of a tile in the layout that scores them fastest. It depends on the group alone, so
+// that a row's scores are the same bits whatever else is in the tile.
+class QueryTile {
+  public:
+    QueryTile(float* memory, int group, int dim)
+        : memory_(memory), by_rows_(group <= kFewHeads), dim_(dim) {}
+
+    // Elements that `rows` rows take.
+    static int64_t elements(int64_t rows, int dim) {
+        return ceil_div(rows, kPanelRows) * kPanelRows * dim;
+    }
+    void clear(int64_t rows) { std::fill(memory_, memory_ + elements(rows, dim_), 0.0f); }
+    void put(const float* row, int r) {
+        const int stride = by_rows_ ? 1 : kPanelRows;
+        float* at = memory_ + (by_rows_ ? int64_t{r} * dim_
+                                        : int64_t{r / kPanelRows} * dim_ * kPanelRows +
+                                              r % kPanelRows);
+        for (int d = 0; d < dim_; ++d) at[d * stride] = row[d];
+    }
+    void score(const TileOps& ops, const float* keys, int64_t rows, float scale,
+               float* scores) const {
+        if (by_rows_)
+            ops.score_rows(memory_, keys, dim_, dim_, static_cast<int>(rows), scale, scores);
+        else
+            ops.score(memory_, keys, dim_, dim_, static_cast<int>(ceil_div(rows, kPanelRows)),
+                      scale, scores);
+    }
+
+  private:
+    static constexpr int kFewHeads = 4;
+    float* memory_;
+    bool by_rows_;
+    int dim_;
+};
+
+// Rows that TileOps::accumulate takes at a time.
+inline int accumulated_rows(int64_t rows) { return static_cast<int>(ceil_div(rows, 4) * 4); }
 
 // Rounds a row to 8 bits: entries stay in `row`, as floats; returns their scale. In float32 and in
 // this order on every path, so that all of them round alike.

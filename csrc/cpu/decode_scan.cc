@@ -10,7 +10,7 @@ namespace {
 constexpr int64_t kUnitsPerItem = 16 * kTileKeys;
 
 struct ScanScratch {
-    float* queries;          // panels of rounded queries
+    QueryTile queries;       // rounded
     float* row;              // [dim]
     float* units;            // [kTileKeys][dim]
     float* scores;           // [kTileKeys][kScoreStride]
@@ -25,7 +25,7 @@ struct ScanItem {
 
 void load_queries(const DecodeCall& call, const ScanItem& item, ScanScratch& s) {
     const float* center = call.p.summaries.key_center;
-    std::fill(s.queries, s.queries + int64_t{kMaxRows} * call.dim, 0.0f);
+    s.queries.clear(item.rows);
     for (int r = 0; r < item.rows; ++r) {
         const int64_t row = item.first_row + r;
         call.load_query(item.b, item.kv, row / call.group, static_cast<int>(row % call.group),
@@ -36,7 +36,7 @@ void load_queries(const DecodeCall& call, const ScanItem& item, ScanScratch& s) 
                 product += static_cast<double>(s.row[d]) * center[item.kv * call.dim + d];
         s.center[r] = static_cast<float>(product);
         s.scale[r] = round_row(s.row, call.dim);
-        put_query(s.row, r, call.dim, s.queries);
+        s.queries.put(s.row, r);
     }
 }
 
@@ -70,8 +70,7 @@ void scan_tile(const DecodeCall& call, const ScanItem& item, int64_t first, Scan
     float scales[kTileKeys];
     bool there[kTileKeys];
     load_units(call, item, first, count, s.units, scales, there);
-    const int panels = static_cast<int>(ceil_div(item.rows, kPanelRows));
-    call.ops.score(s.queries, s.units, call.dim, call.dim, panels, 1.0f, s.scores);
+    s.queries.score(call.ops, s.units, item.rows, 1.0f, s.scores);
     const DecodeParams& p = call.p;
     for (int r = 0; r < item.rows; ++r) {
         const int64_t row = item.first_row + r;
@@ -95,7 +94,7 @@ Status scan_units(DecodeCall& call) {
     const int64_t rows = p.query_len * call.group, row_tiles = ceil_div(rows, kMaxRows);
     const int64_t pieces = max_i64(ceil_div(call.longest / kUnitKeys, kUnitsPerItem), 1);
     auto layout = [&](Arena& arena) {
-        return ScanScratch{arena.take<float>(int64_t{kMaxRows} * call.dim),
+        return ScanScratch{{arena.take<float>(int64_t{kMaxRows} * call.dim), call.group, call.dim},
                            arena.take<float>(call.dim),
                            arena.take<float>(int64_t{kTileKeys} * call.dim),
                            arena.take<float>(int64_t{kTileKeys} * kScoreStride),

@@ -13,7 +13,7 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct SelectScratch {
-    float* queries;      // panels
+    QueryTile queries;
     float* row;          // [dim]
     float* tile;         // [kTileKeys][dim] of keys, then of values
     float* tile_scores;  // [kTileKeys][kScoreStride]
@@ -140,18 +140,17 @@ class SelectItem {
     }
 
     void score_slots() {
-        std::fill(s_.queries, s_.queries + int64_t{panels_} * kPanelRows * call_.dim, 0.0f);
+        s_.queries.clear(call_.group);
         for (int g = 0; g < call_.group; ++g) {
             call_.load_query(b_, kv_, i_, g, s_.row);
-            put_query(s_.row, g, call_.dim, s_.queries);
+            s_.queries.put(s_.row, g);
         }
         const float scale = p_.scale * sequence_.key_scale();
         for (int64_t first = 0; first < slots_; first += kTileKeys) {
             const int count = static_cast<int>(min_i64(kTileKeys, slots_ - first));
             bool there[kTileKeys];
             sequence_.load_keys(call_.ops, s_.keys + first, count, s_.tile, there);
-            call_.ops.score(s_.queries, s_.tile, call_.dim, call_.dim, panels_, scale,
-                            s_.tile_scores);
+            s_.queries.score(call_.ops, s_.tile, call_.group, scale, s_.tile_scores);
             for (int g = 0; g < call_.group; ++g)
                 for (int n = 0; n < count; ++n) {
                     const float score = capped(s_.tile_scores[n * kScoreStride + g], p_.softcap);
@@ -236,7 +235,7 @@ class SelectItem {
     void accumulate_tile(int count) {
         clear_scores(count);
         call_.ops.softmax(panels_, s_.tile_scores, s_.state);
-        call_.ops.accumulate(s_.tile_scores, s_.tile, call_.dim, panels_ * kPanelRows,
+        call_.ops.accumulate(s_.tile_scores, s_.tile, call_.dim, accumulated_rows(call_.group),
                              s_.state->rescale, s_.out);
     }
 
@@ -367,7 +366,7 @@ Status select_and_attend(DecodeCall& call) {
     const int64_t ranked = max_i64(units, slots);
     const int64_t rows = ceil_div(call.group, kPanelRows) * kPanelRows;
     auto layout = [&](Arena& arena) {
-        return SelectScratch{arena.take<float>(rows * call.dim),
+        return SelectScratch{{arena.take<float>(rows * call.dim), call.group, call.dim},
                              arena.take<float>(call.dim),
                              arena.take<float>(int64_t{kTileKeys} * call.dim),
                              arena.take<float>(int64_t{kTileKeys} * kScoreStride),

@@ -56,6 +56,11 @@ struct TileOps {
     void (*score)(const float* queries, const float* keys, int ld, int dim, int panels, float scale,
                   float* scores);
 
+    // The same scores for a few queries, [rows][dim] with dim a multiple of kPanelRows: vectors run
+    // over head_dim, which saves the empty rows of a panel and adds in another order.
+    void (*score_rows)(const float* queries, const float* keys, int ld, int dim, int rows,
+                       float scale, float* scores);
+
     // Sets the scores of keys that a row does not attend to -inf.
     void (*mask)(const RowMask& mask, int panels, float* scores);
 

@@ -209,6 +209,33 @@ static void score(const float* queries, const float* keys, int ld, int dim, int 
                           scores + key * kScoreStride + panel * kPanelRows);
 }
 
+CONDENSATE_INLINE float add_lanes(Vec v) {
+    constexpr int kHalf = kLanes / 2;
+    float lanes[kLanes];
+    __builtin_memcpy(lanes, &v, sizeof(v));
+    for (int width = kHalf; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    return lanes[0];
+}
+
+static void score_rows(const float* queries, const float* keys, int ld, int dim, int rows,
+                       float scale, float* scores) {
+    constexpr int kKeys = 4;  // chains at a time
+    for (int row = 0; row < rows; ++row, queries += dim)
+        for (int key = 0; key < kTileKeys; key += kKeys) {
+            Vec sum[kKeys] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
+            for (int d = 0; d < dim; d += kLanes) {
+                const Vec query = load<Vec>(queries + d);
+#pragma GCC unroll 4
+                for (int n = 0; n < kKeys; ++n)
+                    sum[n] += query * load<Vec>(keys + (key + n) * ld + d);
+            }
+#pragma GCC unroll 4
+            for (int n = 0; n < kKeys; ++n)
+                scores[(key + n) * kScoreStride + row] = add_lanes(sum[n]) * scale;
+        }
+}
+
 static void mask(const RowMask& mask, int panels, float* scores) {
     for (int row = 0; row < panels * kPanelRows; row += kLanes) {
         const IntVec visible_end = load<IntVec>(mask.visible_end + row);
@@ -416,6 +443,6 @@ static void order_keys(const float* scores, int64_t n, uint32_t* keys) {
 
 #undef CONDENSATE_INLINE
 
-static const TileOps kOps = {kName,      load_rows,   load_int8_rows, score,
-                             mask,       softmax,     accumulate,     block_sums,
-                             block_mass, log_sum_exp, order_keys};
+static const TileOps kOps = {kName,      load_rows,  load_int8_rows, score,       score_rows,
+                             mask,       softmax,    accumulate,     block_sums,  block_mass,
+                             log_sum_exp, order_keys};
