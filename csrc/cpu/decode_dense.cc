@@ -13,10 +13,10 @@ constexpr int64_t kChunkKeys = 2048;  // the same whatever the batch, so that re
 
 struct DenseScratch {
     QueryTile queries;
-    float* row;      // [dim]
-    float* keys;     // [kTileKeys][dim], then the values
-    float* scores;   // [kTileKeys][kScoreStride]
-    float* out;      // [kMaxRows][dim]
+    float* row;     // [dim]
+    float* keys;    // [kTileKeys][dim], then the values
+    float* scores;  // [kTileKeys][kScoreStride]
+    float* out;     // [kMaxRows][dim]
     RowMask* mask;
     SoftmaxState* state;
 };

@@ -111,9 +111,9 @@ class QueryTile {
     void clear(int64_t rows) { std::fill(memory_, memory_ + elements(rows, dim_), 0.0f); }
     void put(const float* row, int r) {
         const int stride = by_rows_ ? 1 : kPanelRows;
-        float* at = memory_ + (by_rows_ ? int64_t{r} * dim_
-                                        : int64_t{r / kPanelRows} * dim_ * kPanelRows +
-                                              r % kPanelRows);
+        float* at =
+            memory_ + (by_rows_ ? int64_t{r} * dim_
+                                : int64_t{r / kPanelRows} * dim_ * kPanelRows + r % kPanelRows);
         for (int d = 0; d < dim_; ++d) at[d * stride] = row[d];
     }
     void score(const TileOps& ops, const float* keys, int64_t rows, float scale,

@@ -26,7 +26,7 @@ struct SelectScratch {
     float* scores;      // [group][slots]
     bool* listed;       // of the candidates
     float* rest;        // scores of what is left over, one head
-    uint8_t* left;      // unlisted candidates of every unit
+    uint8_t* left;      // candidates of every unit that was not looked into
     bool* shortlisted;  // of every unit
 };
 
@@ -257,19 +257,16 @@ class SelectItem {
         }
     }
 
-    // How many candidates of every unit are not listed.
+    // How many candidates every unit has that was not looked into.
     void count_left() {
-        const int64_t end = span_.end_unit();
-        std::fill(s_.left, s_.left + ceil_div(end, call_.pool / kUnitKeys) * call_.pool / kUnitKeys,
-                  uint8_t{0});
+        const int64_t units = call_.pool / kUnitKeys, end = span_.end_unit();
+        std::fill(s_.left, s_.left + ceil_div(end, units) * units, uint8_t{0});
         for (int64_t u = span_.first_unit(); u < end; ++u) {
             if (s_.shortlisted[u] || sequence_.page_of(u * kUnitKeys) < 0) continue;
             const int64_t first = max_i64(u * kUnitKeys, span_.anchors_end);
             s_.left[u] =
                 static_cast<uint8_t>(min_i64((u + 1) * kUnitKeys, span_.recent_begin) - first);
         }
-        for (int64_t c = 0; c < candidates(); ++c)
-            if (!s_.listed[c]) ++s_.left[s_.keys[span_.anchors_end + c] / kUnitKeys];
     }
 
     // Turns the unit scores of a head into logarithms of their weights, log n_u + s_u, and returns
@@ -277,25 +274,14 @@ class SelectItem {
     float omitted_share(int g) {
         float* weights = unit_scores(g);
         const int64_t end = span_.end_unit();
-        for (int64_t u = 0; u < end; ++u) {
-            const bool by_unit = s_.left[u] > 0 && !s_.shortlisted[u];
-            weights[u] = by_unit ? weights[u] + kLog[s_.left[u]] : kMinusInfinity;
-        }
-        const float units = call_.ops.log_sum_exp(weights, end);
+        for (int64_t u = 0; u < end; ++u)
+            weights[u] = s_.left[u] > 0 ? weights[u] + kLog[s_.left[u]] : kMinusInfinity;
         const float* scores = scores_of(g) + span_.anchors_end;
         int64_t n = 0;
-        for (int64_t c = 0; c < candidates();) {
-            const int64_t unit = s_.keys[span_.anchors_end + c] / kUnitKeys;
-            float sum = 0;
-            for (; c < candidates() && s_.keys[span_.anchors_end + c] / kUnitKeys == unit; ++c) {
-                if (s_.listed[c]) continue;
-                sum += scores[c];
-                s_.rest[n++] = scores[c];
-            }
-            if (s_.left[unit] > 0)
-                weights[unit] = sum / static_cast<float>(s_.left[unit]) + kLog[s_.left[unit]];
-        }
-        const float both[] = {units, call_.ops.log_sum_exp(s_.rest, n)};
+        for (int64_t c = 0; c < candidates(); ++c)
+            if (!s_.listed[c]) s_.rest[n++] = scores[c];
+        const float both[] = {call_.ops.log_sum_exp(weights, end),
+                              call_.ops.log_sum_exp(s_.rest, n)};
         const float omitted = call_.ops.log_sum_exp(both, 2);
         if (omitted == kMinusInfinity) return 0;
         const RowSum attended = sum_of(g);

@@ -443,6 +443,6 @@ static void order_keys(const float* scores, int64_t n, uint32_t* keys) {
 
 #undef CONDENSATE_INLINE
 
-static const TileOps kOps = {kName,      load_rows,  load_int8_rows, score,       score_rows,
-                             mask,       softmax,    accumulate,     block_sums,  block_mass,
-                             log_sum_exp, order_keys};
+static const TileOps kOps = {kName,      load_rows,  load_int8_rows, score,
+                             score_rows, mask,       softmax,        accumulate,
+                             block_sums, block_mass, log_sum_exp,    order_keys};

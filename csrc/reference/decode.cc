@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 
 #include "reference/access.h"
 #include "reference/reference.h"
@@ -236,47 +235,38 @@ struct Term {
     bool is_pool;
 };
 
-// The unlisted candidates of one unit as one head scores them.
-struct UnitRest {
-    double keys = 0;               // n_u
-    double score = 0;              // s_u
-    double mass = kMinusInfinity;  // logarithm of their part of the omitted mass
-};
-UnitRest rest_of_unit(const QueryView& view, int g, int64_t unit, const Selection& selection) {
-    UnitRest rest;
-    std::vector<double> scores;
-    const bool shortlisted = selection.shortlisted[static_cast<size_t>(unit)] != 0;
-    for (int64_t j = unit * kUnitKeys; j < (unit + 1) * kUnitKeys; ++j)
-        if (!view.is_attended_anyway(j) && view.is_there(j) &&
-            selection.listed[static_cast<size_t>(j)] == 0)
-            scores.push_back(shortlisted ? view.key_score(g, j) : view.unit_score(g, unit));
-    if (scores.empty()) return rest;
-    rest.keys = static_cast<double>(scores.size());
-    rest.score = std::accumulate(scores.begin(), scores.end(), 0.0) / rest.keys;
-    rest.mass = log_sum(scores);
-    return rest;
-}
-
 // What is left over of a sequence, for one head.
 struct Rest {
-    std::vector<Term> pools;
-    double mass = kMinusInfinity;  // in logarithms
+    std::vector<Term> pools;       // of the units that were not looked into
+    double mass = kMinusInfinity;  // logarithm of all that is not attended
 };
+
+// log(n_u) + s_u of a unit that is not shortlisted; -inf where it has no candidates.
+double unit_weight(const QueryView& view, int g, int64_t unit) {
+    double keys = 0;
+    for (int64_t j = unit * kUnitKeys; j < (unit + 1) * kUnitKeys; ++j)
+        if (!view.is_attended_anyway(j) && view.is_there(j)) keys += 1;
+    return keys == 0 ? kMinusInfinity : std::log(keys) + view.unit_score(g, unit);
+}
+
 Rest rest_of(const QueryView& view, int g, const Selection& selection) {
     Rest rest;
     std::vector<double> masses;
-    for (int64_t pool = 0; pool * view.pool() < view.span.recent_begin; ++pool) {
+    const int64_t units = view.pool() / kUnitKeys, end = view.span.end_unit();
+    for (int64_t first = 0; first < end; first += units) {
         std::vector<double> weights;
-        const int64_t units = view.pool() / kUnitKeys;
-        const int64_t end = min_i64((pool + 1) * units, view.span.end_unit());
-        for (int64_t unit = pool * units; unit < end; ++unit) {
-            const UnitRest part = rest_of_unit(view, g, unit, selection);
-            if (part.keys == 0) continue;
-            weights.push_back(std::log(part.keys) + part.score);
-            masses.push_back(part.mass);
+        for (int64_t unit = first; unit < min_i64(first + units, end); ++unit) {
+            if (selection.shortlisted[static_cast<size_t>(unit)] != 0) continue;
+            const double weight = unit_weight(view, g, unit);
+            if (weight != kMinusInfinity) weights.push_back(weight);
         }
-        if (!weights.empty()) rest.pools.push_back({log_sum(weights), pool, true});
+        masses.insert(masses.end(), weights.begin(), weights.end());
+        if (!weights.empty()) rest.pools.push_back({log_sum(weights), first / units, true});
     }
+    for (int64_t j = view.span.anchors_end; j < view.span.recent_begin; ++j)
+        if (selection.shortlisted[static_cast<size_t>(j / kUnitKeys)] != 0 &&
+            selection.listed[static_cast<size_t>(j)] == 0)
+            masses.push_back(view.key_score(g, j));
     rest.mass = log_sum(masses);
     return rest;
 }

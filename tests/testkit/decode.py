@@ -434,23 +434,20 @@ def lists(v: View, short: Tensor) -> list[Tensor]:
 class Rest:
     """What is left over of a sequence, for all heads."""
 
-    weights: Tensor  # [Hkv, G, pools]: logarithms of the pools' weights
-    mass: Tensor  # [Hkv, G]: logarithm of the omitted mass
+    weights: Tensor  # [Hkv, G, pools]: logarithms of what units that were not looked into weigh
+    mass: Tensor  # [Hkv, G]: logarithm of all mass that is not attended
 
 
 def rest_of(v: View, short: Tensor, listed: Tensor) -> Rest:
     whole = v.unit_scores.shape[-1] * UNIT
-    pool_keys = v.pool_values.shape[1] * v.case.pool  # no candidate is after them
-    short, rest = short[:, :whole], (v.candidates & ~listed)[:, :whole]
-    by_unit = v.unit_scores.repeat_interleave(UNIT, -1)
-    scores = torch.where(short[:, None], v.key_scores[..., :whole], by_unit)
-    scores, rest = scores.unflatten(-1, (-1, UNIT)), rest[:, None].unflatten(-1, (-1, UNIT))
-    count = rest.sum(-1)
-    mean = torch.where(rest, scores, 0.0).sum(-1) / count
-    units = torch.where(count > 0, count.log() + mean, -torch.inf)
-    units = units[..., : pool_keys // UNIT].unflatten(-1, (-1, v.case.pool // UNIT))
-    mass = scores.masked_fill(~rest, -torch.inf).flatten(-2)
-    return Rest(torch.logsumexp(units, -1), torch.logsumexp(mass, -1))
+    pools = v.pool_values.shape[1]  # no candidate is after them
+    unread = (v.candidates & ~short)[:, :whole].unflatten(-1, (-1, UNIT)).sum(-1)[:, None]
+    units = torch.where(unread > 0, unread.log() + v.unit_scores, -torch.inf)
+    scored = v.key_scores.masked_fill(~(short & ~listed)[:, None], -torch.inf)
+    mass = torch.logsumexp(torch.cat([units, scored], -1), -1)
+    per_pool = v.case.pool // UNIT
+    weights = torch.logsumexp(units[..., : pools * per_pool].unflatten(-1, (pools, per_pool)), -1)
+    return Rest(weights, mass)
 
 
 @dataclass(frozen=True)
