@@ -131,6 +131,23 @@ def test_a_budget_that_covers_the_cache_is_dense(device, seed, dtype, query_len,
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_long_and_dense(device, seed, dtype, page_size):
+    """More keys than one worker takes, with the heaviest now here, now there."""
+    case = DecodeCase(
+        device, seed, dtype, lengths=(9000, 5000, 4097), query_len=2, page_size=page_size,
+        capacity=9216, topk=9216, shortlist=9216,
+    )  # fmt: skip
+    cache = case.build()
+    for b, where in enumerate((8000, 10, 4090)):
+        page = cache.pages(b)[where]
+        heavy = cache.query[b, :: case.group, 0] * 3
+        cache.key[page, :, where % cache.key.shape[2]] = heavy.to(cache.key.dtype)
+    out, lse = ops.attention_with_kvcache(*cache.tensors, **cache.args, return_lse=True)
+    oracle.assert_matches(expect(cache, mode="dense")[0], out, lse)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page_size", [None, 16, 64])
 def test_given_tokens(device, seed, dtype, page_size):

@@ -54,6 +54,18 @@ def test_a_page_that_is_not_there_is_skipped_and_reported(device, seed, page, co
     assert torch.equal(cache.summaries.rows, rows) and torch.equal(cache.summaries.scales, scales)
 
 
+@pytest.mark.parametrize("page", [*BAD_PAGES, "N"])
+@pytest.mark.parametrize("column", [0, 20, 43])
+def test_a_page_that_is_not_there_of_a_dense_call(device, seed, page, column):
+    cache = case_on(device, seed, topk=1024, shortlist=1024).build()
+    before = ops.attention_with_kvcache(*cache.tensors, **cache.args)
+    cache.table[0, column] = cache.key.shape[0] if page == "N" else page
+    out, lse = ops.attention_with_kvcache(*cache.tensors, **cache.args, return_lse=True)
+    assert ops.read_error_word(device) == ErrorWord.BLOCK_TABLE
+    assert torch.equal(out[1:], before[1:])
+    oracle.assert_matches(expect(cache, mode="dense")[0], out, lse)
+
+
 def test_a_table_of_garbage(device, seed):
     """No page of a sequence is there: it attends nothing; the sink is all that is left."""
     cache = case_on(device, seed).build()
