@@ -131,6 +131,29 @@ def test_a_budget_that_covers_the_cache_is_dense(device, seed, dtype, query_len,
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("variable, value", [
+    ("CONDENSATE_FORCE_PATH", "cpu_reference"), ("CONDENSATE_CPU_ISA", "avx512"),
+    ("CONDENSATE_CPU_ISA", "avx2"), ("CONDENSATE_CPU_ISA", "baseline"),
+])  # fmt: skip
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+@pytest.mark.parametrize("group", [4, 5])
+def test_paths_and_instruction_sets_of_the_cpu(
+    monkeypatch, seed, variable, value, cache_dtype, group
+):
+    monkeypatch.setenv(variable, value)
+    case = DecodeCase(
+        "cpu", seed, torch.bfloat16, cache_dtype, lengths=MIXED, query_len=2, group=group,
+        head_dim=96, sinks=True,
+    )  # fmt: skip
+    try:
+        check(case)
+        check(replace(case, shortlist=1024, topk=1024))
+    except ValueError as error:
+        if "on this machine" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_long_and_dense(device, seed, dtype, page_size):

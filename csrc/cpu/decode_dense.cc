@@ -19,6 +19,7 @@ struct DenseScratch {
     float* out;     // [kMaxRows][dim]
     RowMask* mask;
     SoftmaxState* state;
+    int64_t* visible;  // [kMaxRows]
 };
 
 // What chunks leave for the merge.
@@ -45,16 +46,22 @@ void load_queries(const DecodeCall& call, const DenseItem& item, DenseScratch& s
     }
 }
 
-void set_mask(const DecodeCall& call, const DenseItem& item, int64_t first, RowMask* mask) {
+// Keys that each row attends, [0, visible).
+void set_visible(const DecodeCall& call, const DenseItem& item, DenseScratch& s) {
     for (int r = 0; r < kMaxRows; ++r) {
         const int64_t i = (item.first_row + r) / call.group;
-        const bool attends = r < item.rows && call.is_dense(item.b, i);
-        const int64_t end = attends ? call.span(item.b, i).visible - first : 0;
-        mask->visible_end[r] = static_cast<int32_t>(max_i64(min_i64(end, kTileKeys), 0));
-        mask->free_end[r] = kTileKeys;
-        mask->window_begin[r] = mask->window_end[r] = mask->tie_end[r] = 0;
-        mask->threshold[r] = std::numeric_limits<float>::infinity();
+        s.visible[r] = r < item.rows && call.is_dense(item.b, i) ? call.span(item.b, i).visible : 0;
+        s.mask->free_end[r] = kTileKeys;
+        s.mask->window_begin[r] = s.mask->window_end[r] = s.mask->tie_end[r] = 0;
+        s.mask->threshold[r] = std::numeric_limits<float>::infinity();
     }
+}
+
+void set_mask(const DenseItem& item, int64_t first, DenseScratch& s) {
+    const int64_t rows = ceil_div(item.rows, kPanelRows) * kPanelRows;
+    for (int r = 0; r < rows; ++r)
+        s.mask->visible_end[r] =
+            static_cast<int32_t>(max_i64(min_i64(s.visible[r] - first, kTileKeys), 0));
 }
 
 // Values that are not finite must not reach rows that do not attend them, whose weight is 0.
@@ -83,7 +90,7 @@ void attend_tile(const DecodeCall& call, const DenseItem& item, int64_t first, i
             for (int r = 0; r < columns; ++r)
                 s.scores[n * kScoreStride + r] =
                     capped(s.scores[n * kScoreStride + r], call.p.softcap);
-    set_mask(call, item, first, s.mask);
+    set_mask(item, first, s);
     call.ops.mask(*s.mask, panels, s.scores);
     for (int n = 0; n < count; ++n)
         if (!there[n]) std::fill_n(s.scores + n * kScoreStride, columns, kMinusInfinity);
@@ -100,6 +107,7 @@ void attend_tile(const DecodeCall& call, const DenseItem& item, int64_t first, i
 void attend_chunk(const DecodeCall& call, const DenseItem& item, const Partials& partials,
                   DenseScratch& s) {
     load_queries(call, item, s);
+    set_visible(call, item, s);
     std::fill(s.out, s.out + int64_t{kMaxRows} * call.dim, 0.0f);
     std::fill(s.state->max, s.state->max + kMaxRows, kMinusInfinity);
     std::fill(s.state->sum, s.state->sum + kMaxRows, 0.0f);
@@ -163,7 +171,8 @@ Status attend_densely(DecodeCall& call) {
                             arena.take<float>(int64_t{kTileKeys} * kScoreStride),
                             arena.take<float>(int64_t{kMaxRows} * call.dim),
                             arena.take<RowMask>(1),
-                            arena.take<SoftmaxState>(1)};
+                            arena.take<SoftmaxState>(1),
+                            arena.take<int64_t>(kMaxRows)};
     };
     const Status status =
         for_each_item(call.executor, p.batch * p.kv_heads * row_tiles * partials.chunks, layout,

@@ -209,31 +209,64 @@ static void score(const float* queries, const float* keys, int ld, int dim, int 
                           scores + key * kScoreStride + panel * kPanelRows);
 }
 
-CONDENSATE_INLINE float add_lanes(Vec v) {
-    constexpr int kHalf = kLanes / 2;
-    float lanes[kLanes];
-    __builtin_memcpy(lanes, &v, sizeof(v));
-    for (int width = kHalf; width > 0; width /= 2)
-        for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-    return lanes[0];
+template <int kWidth>
+struct Floats {
+    typedef float Type __attribute__((vector_size(4 * kWidth)));
+};
+
+// The sum of kWidth numbers in memory, by halves; they are overwritten.
+template <int kWidth>
+CONDENSATE_INLINE float add_lanes(float* lanes) {
+    if constexpr (kWidth == 2) {
+        return lanes[0] + lanes[1];
+    } else {
+        using Half = typename Floats<kWidth / 2>::Type;
+        store(lanes, load<Half>(lanes) + load<Half>(lanes + kWidth / 2));
+        return add_lanes<kWidth / 2>(lanes);
+    }
+}
+
+// kKeys chains for each of kRows rows.
+template <int kRows, int kKeys>
+CONDENSATE_INLINE void score_few(const float* queries, const float* keys, int ld, int dim,
+                                 float scale, float* scores) {
+    Vec sum[kRows][kKeys];
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+        for (int key = 0; key < kKeys; ++key) sum[row][key] = splat(0.0f);
+    for (int d = 0; d < dim; d += kLanes) {
+        Vec part[kKeys];
+#pragma GCC unroll 8
+        for (int key = 0; key < kKeys; ++key) part[key] = load<Vec>(keys + key * ld + d);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            const Vec query = load<Vec>(queries + row * dim + d);
+#pragma GCC unroll 8
+            for (int key = 0; key < kKeys; ++key) sum[row][key] += query * part[key];
+        }
+    }
+    float lanes[kKeys][kRows][kLanes];
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key)
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) store(lanes[key][row], sum[row][key]);
+    for (int key = 0; key < kKeys; ++key)
+        for (int row = 0; row < kRows; ++row)
+            scores[key * kScoreStride + row] = add_lanes<kLanes>(lanes[key][row]) * scale;
 }
 
 static void score_rows(const float* queries, const float* keys, int ld, int dim, int rows,
                        float scale, float* scores) {
-    constexpr int kKeys = 4;  // chains at a time
-    for (int row = 0; row < rows; ++row, queries += dim)
-        for (int key = 0; key < kTileKeys; key += kKeys) {
-            Vec sum[kKeys] = {splat(0.0f), splat(0.0f), splat(0.0f), splat(0.0f)};
-            for (int d = 0; d < dim; d += kLanes) {
-                const Vec query = load<Vec>(queries + d);
-#pragma GCC unroll 4
-                for (int n = 0; n < kKeys; ++n)
-                    sum[n] += query * load<Vec>(keys + (key + n) * ld + d);
-            }
-#pragma GCC unroll 4
-            for (int n = 0; n < kKeys; ++n)
-                scores[(key + n) * kScoreStride + row] = add_lanes(sum[n]) * scale;
-        }
+    constexpr int kKeys = kLanes == 16 ? 4 : 2;
+    for (int key = 0; key < kTileKeys; key += kKeys, keys += kKeys * ld) {
+        float* target = scores + key * kScoreStride;
+        int row = 0;
+        for (; row + 4 <= rows; row += 4)
+            score_few<4, kKeys>(queries + row * dim, keys, ld, dim, scale, target + row);
+        for (; row < rows; ++row)
+            score_few<1, kKeys>(queries + row * dim, keys, ld, dim, scale, target + row);
+    }
 }
 
 static void mask(const RowMask& mask, int panels, float* scores) {

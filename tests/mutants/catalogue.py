@@ -658,8 +658,8 @@ CPU = (
     Mutant(
         "decode_dense_sees_the_next_key",
         "cpu/decode_dense.cc",
-        "call.span(item.b, i).visible - first : 0",
-        "call.span(item.b, i).visible + 1 - first : 0",
+        "call.span(item.b, i).visible : 0",
+        "call.span(item.b, i).visible + 1 : 0",
         DECODE_DENSE,
     ),
     Mutant(
