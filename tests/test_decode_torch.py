@@ -300,6 +300,19 @@ def test_update_names_wrong_arguments(device):
         replace(cache, lengths=cache.lengths[:, None]).update(1)
 
 
+@pytest.mark.parametrize("path", ["cpu", "cpu_reference", "sm80", "simt", "sm90", "gpu"])
+def test_forced_paths(device, monkeypatch, path):
+    cache = small_cache(device)
+    monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
+    if path == "gpu" or path.startswith("cpu") != (device == "cpu"):
+        for run in (run_all, Cache.update):
+            with pytest.raises(ValueError, match="CONDENSATE_FORCE_PATH is"):
+                run(cache)
+    else:
+        cache.update()
+        check_attention(cache, run_all(cache))
+
+
 def test_out_has_to_fit(device):
     cache = small_cache(device)
     for out, message in (

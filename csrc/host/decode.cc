@@ -109,12 +109,24 @@ int64_t cuda_workspace_bytes(const DecodeParams&, const DeviceFacts&, const Exec
 
 #endif  // CONDENSATE_WITH_CUDA
 
+// One path serves every call on CUDA, so any of its names may be forced there.
+Status check_forced(const char* op, const Policy& policy, bool cuda) {
+    const bool on_cpu = policy.path == Path::kCpu || policy.path == Path::kCpuReference;
+    if (!policy.forced || on_cpu != cuda) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: CONDENSATE_FORCE_PATH is %s, which cannot run this call: the tensors "
+                       "are on %s; unset it, or force %s.",
+                       op, path_name(policy.path), cuda ? "a CUDA device" : "the CPU",
+                       cuda ? "simt" : "cpu or cpu_reference");
+}
+
 template <class Params>
 Status run(const Params& params, const Executor& executor) {
     Status status = validate(params);
     if (!status.ok() || writes_nothing(params)) return status;
     Policy policy;
     status = policy_from_environment(&policy);
+    if (status.ok()) status = check_forced(name_of(params), policy, executor.cuda);
     if (!status.ok()) return status;
     if (!executor.cuda) return run_on_cpu(params, policy, executor);
     DeviceFacts facts;

@@ -632,7 +632,7 @@ CPU = (
         "cpu/decode_select.cc",
         "            const int64_t first = max_i64(u * kUnitKeys, span_.anchors_end);\n",
         "            const int64_t first = u * kUnitKeys;\n",
-        DECODE_WEIGHTS,
+        DECODE_EDGES,
     ),
     Mutant(
         "decode_shortlisted_units_in_the_rest",
