@@ -48,6 +48,7 @@ DECODE_TOUCHED = "test_decode_summaries.py what_the_appended"
 DECODE_LISTS = "test_decode_selection.py tied_integers or ties_go"
 DECODE_TOP_P = "test_decode_selection.py top_p"
 DECODE_EDGES = "test_decode_attention.py windows_and_anchors"
+DECODE_LAYOUTS = "test_decode_attention.py layouts and (128 or None)"
 DECODE_DENSE = "test_decode_attention.py covers_the_cache or query_lengths"
 DECODE_OPTIONS = "test_decode_attention.py options or 8_bit"
 DECODE_WEIGHTS = "test_decode_attention.py queries_of_zero"
@@ -646,7 +647,7 @@ CPU = (
         "cpu/decode_select.cc",
         "sequence_.slot_of(key) / call_.pool;",
         "0 / call_.pool;",
-        DECODE_EDGES,
+        DECODE_LAYOUTS,
     ),
     Mutant(
         "decode_omitted_mass_of_units_alone",
