@@ -4,6 +4,10 @@ set(csrc "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
 file(GLOB core_sources CONFIGURE_DEPENDS
   "${csrc}/host/*.cc" "${csrc}/host/stages/*.cc" "${csrc}/reference/*.cc" "${csrc}/cpu/*.cc")
 
+# Summaries are rounded alike on every path: no multiply-add there.
+set_source_files_properties("${csrc}/reference/kv_summaries.cc" "${csrc}/cpu/kv_summaries.cc"
+  PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+
 add_library(condensate_core STATIC ${core_sources})
 target_include_directories(condensate_core PUBLIC "${csrc}/include" "${csrc}")
 target_link_libraries(condensate_core PRIVATE condensate_options)

@@ -2,6 +2,7 @@
 // validated. A result never depends on the number of threads.
 #pragma once
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate::cpu {
@@ -19,5 +20,9 @@ Status attention(const AttentionParams& params, const Executor& executor, uint32
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor, uint32_t* errors);
 Status omitted_from_lse(const OmittedFromLseParams& params, const Executor& executor);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);
+Status attention_with_kvcache(const DecodeParams& params, const Executor& executor,
+                              uint32_t* errors);
+Status update_kv_summaries(const UpdateSummariesParams& params, const Executor& executor,
+                           uint32_t* errors);
 
 }  // namespace condensate::cpu

@@ -48,9 +48,18 @@ struct TileOps {
     bool (*load_rows)(DType dtype, const void* source, int64_t stride, int rows, int dim,
                       float* target, int ld);
 
+    // The same from 8-bit integers; every number is finite.
+    void (*load_int8_rows)(const int8_t* source, int64_t stride, int rows, int dim, float* target,
+                           int ld);
+
     // scores = scale * keys · queries for 64 keys and `panels` panels.
     void (*score)(const float* queries, const float* keys, int ld, int dim, int panels, float scale,
                   float* scores);
+
+    // The same scores for a few queries, [rows][dim] with dim a multiple of kPanelRows: vectors run
+    // over head_dim, which saves the empty rows of a panel and adds in another order.
+    void (*score_rows)(const float* queries, const float* keys, int ld, int dim, int rows,
+                       float scale, float* scores);
 
     // Sets the scores of keys that a row does not attend to -inf.
     void (*mask)(const RowMask& mask, int panels, float* scores);

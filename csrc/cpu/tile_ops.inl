@@ -7,6 +7,8 @@ using Vec = float __attribute__((vector_size(4 * kLanes)));
 using IntVec = int32_t __attribute__((vector_size(4 * kLanes)));
 using UintVec = uint32_t __attribute__((vector_size(4 * kLanes)));
 using HalfVec = uint16_t __attribute__((vector_size(2 * kLanes)));
+using ByteVec = uint8_t __attribute__((vector_size(kLanes)));
+using Int8Vec = int8_t __attribute__((vector_size(kLanes)));
 
 constexpr int kPanelVecs = kPanelRows / kLanes;
 constexpr float kInf = __builtin_inff();
@@ -69,6 +71,18 @@ CONDENSATE_INLINE Vec widen_float16(HalfVec half) {
     return load<Vec>(&bits);
 }
 
+CONDENSATE_INLINE Vec widen_e4m3(ByteVec byte) {
+    UintVec wide = __builtin_convertvector(byte, UintVec);
+    UintVec sign = (wide & 0x80u) << 24, magnitude = (wide & 0x7fu) << 20;
+    UintVec normal = magnitude + (120u << 23);  // moves the exponent bias from 7 to 127
+    UintVec subnormal_bits = magnitude + (121u << 23), unit_bits = UintVec{} + (121u << 23);
+    Vec subnormal = load<Vec>(&subnormal_bits) - load<Vec>(&unit_bits);
+    UintVec bits = magnitude == (0x7fu << 20) ? UintVec{} + 0x7fc00000u : normal;
+    bits = magnitude < (0x08u << 20) ? load<UintVec>(&subnormal) : bits;
+    bits |= sign;
+    return load<Vec>(&bits);
+}
+
 template <DType kType>
 CONDENSATE_INLINE Vec load_numbers(const void* source, int64_t at, int count) {
     if constexpr (kType == DType::kFloat32) {
@@ -77,6 +91,14 @@ CONDENSATE_INLINE Vec load_numbers(const void* source, int64_t at, int count) {
         float part[kLanes] = {};
         __builtin_memcpy(part, p, static_cast<size_t>(count) * sizeof(float));
         return load<Vec>(part);
+    } else if constexpr (kType == DType::kFloat8E4M3) {
+        const uint8_t* p = static_cast<const uint8_t*>(source) + at;
+        uint8_t part[kLanes] = {};
+        if (count < kLanes) {
+            __builtin_memcpy(part, p, static_cast<size_t>(count));
+            p = part;
+        }
+        return widen_e4m3(load<ByteVec>(p));
     } else {
         const uint16_t* p = static_cast<const uint16_t*>(source) + at;
         uint16_t part[kLanes] = {};
@@ -121,7 +143,20 @@ static bool load_rows(DType dtype, const void* source, int64_t stride, int rows,
         return load_rows_of<DType::kFloat16>(source, stride, rows, dim, target, ld);
     if (dtype == DType::kBFloat16)
         return load_rows_of<DType::kBFloat16>(source, stride, rows, dim, target, ld);
+    if (dtype == DType::kFloat8E4M3)
+        return load_rows_of<DType::kFloat8E4M3>(source, stride, rows, dim, target, ld);
     return load_rows_of<DType::kFloat32>(source, stride, rows, dim, target, ld);
+}
+
+static void load_int8_rows(const int8_t* source, int64_t stride, int rows, int dim, float* target,
+                           int ld) {
+    for (int row = 0; row < rows; ++row, source += stride, target += ld) {
+        int d = 0;
+        for (; d + kLanes <= dim; d += kLanes)
+            store(target + d, __builtin_convertvector(load<Int8Vec>(source + d), Vec));
+        for (; d < dim; ++d) target[d] = static_cast<float>(source[d]);
+        for (; d < ld; ++d) target[d] = 0.0f;
+    }
 }
 
 // ---- Scores ----
@@ -172,6 +207,66 @@ static void score(const float* queries, const float* keys, int ld, int dim, int 
         for (int key = 0; key < kTileKeys; key += kScoreKeys)
             score_keys<1>(queries + panel * dim * kPanelRows, keys + key * ld, ld, dim, scale,
                           scores + key * kScoreStride + panel * kPanelRows);
+}
+
+template <int kWidth>
+struct Floats {
+    typedef float Type __attribute__((vector_size(4 * kWidth)));
+};
+
+// The sum of kWidth numbers in memory, by halves; they are overwritten.
+template <int kWidth>
+CONDENSATE_INLINE float add_lanes(float* lanes) {
+    if constexpr (kWidth == 2) {
+        return lanes[0] + lanes[1];
+    } else {
+        using Half = typename Floats<kWidth / 2>::Type;
+        store(lanes, load<Half>(lanes) + load<Half>(lanes + kWidth / 2));
+        return add_lanes<kWidth / 2>(lanes);
+    }
+}
+
+// kKeys chains for each of kRows rows.
+template <int kRows, int kKeys>
+CONDENSATE_INLINE void score_few(const float* queries, const float* keys, int ld, int dim,
+                                 float scale, float* scores) {
+    Vec sum[kRows][kKeys];
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 8
+        for (int key = 0; key < kKeys; ++key) sum[row][key] = splat(0.0f);
+    for (int d = 0; d < dim; d += kLanes) {
+        Vec part[kKeys];
+#pragma GCC unroll 8
+        for (int key = 0; key < kKeys; ++key) part[key] = load<Vec>(keys + key * ld + d);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+            const Vec query = load<Vec>(queries + row * dim + d);
+#pragma GCC unroll 8
+            for (int key = 0; key < kKeys; ++key) sum[row][key] += query * part[key];
+        }
+    }
+    float lanes[kKeys][kRows][kLanes];
+#pragma GCC unroll 8
+    for (int key = 0; key < kKeys; ++key)
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) store(lanes[key][row], sum[row][key]);
+    for (int key = 0; key < kKeys; ++key)
+        for (int row = 0; row < kRows; ++row)
+            scores[key * kScoreStride + row] = add_lanes<kLanes>(lanes[key][row]) * scale;
+}
+
+static void score_rows(const float* queries, const float* keys, int ld, int dim, int rows,
+                       float scale, float* scores) {
+    constexpr int kKeys = kLanes == 16 ? 4 : 2;
+    for (int key = 0; key < kTileKeys; key += kKeys, keys += kKeys * ld) {
+        float* target = scores + key * kScoreStride;
+        int row = 0;
+        for (; row + 4 <= rows; row += 4)
+            score_few<4, kKeys>(queries + row * dim, keys, ld, dim, scale, target + row);
+        for (; row < rows; ++row)
+            score_few<1, kKeys>(queries + row * dim, keys, ld, dim, scale, target + row);
+    }
 }
 
 static void mask(const RowMask& mask, int panels, float* scores) {
@@ -381,5 +476,6 @@ static void order_keys(const float* scores, int64_t n, uint32_t* keys) {
 
 #undef CONDENSATE_INLINE
 
-static const TileOps kOps = {kName,      load_rows,  score,      mask,        softmax,
-                             accumulate, block_sums, block_mass, log_sum_exp, order_keys};
+static const TileOps kOps = {kName,      load_rows,  load_int8_rows, score,
+                             score_rows, mask,       softmax,        accumulate,
+                             block_sums, block_mass, log_sum_exp,    order_keys};

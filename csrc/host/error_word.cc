@@ -24,15 +24,23 @@ Status status_of_error_word(const char* op, uint32_t word) {
     if (word == 0) return {};
     return make_status(
         StatusCode::kInvalidArgument,
-        "%s: invalid tensor contents (error word 0x%x):%s%s%s the entries were skipped; fix them, "
+        "%s: invalid tensor contents (error word 0x%x):%s%s%s%s%s%s the entries were skipped; fix "
+        "them, "
         "or unset CONDENSATE_STRICT to keep skipping.",
         op, word,
         word & kErrorBlockIndex
             ? " block_indices has an entry that is negative, past the last block or not ascending;"
             : "",
-        word & kErrorBlockCount ? " block_counts has a value outside 0..block_indices.size(-1);"
-                                : "",
-        word & kErrorRowIndex ? " rows has an entry outside 0..query_len-1;" : "");
+        word & kErrorBlockCount
+            ? " block_counts has a value outside 0..block_indices.size(-1), or token_counts one "
+              "outside 0..token_indices.size(-1);"
+            : "",
+        word & kErrorRowIndex ? " rows has an entry outside 0..query_len-1;" : "",
+        word & kErrorCacheLength ? " cache_seqlens has a length below 0 or beyond the pages;" : "",
+        word & kErrorBlockTable ? " block_table has an entry below 0 or past the last page;" : "",
+        word & kErrorTokenIndex ? " token_indices has an entry that is negative, not visible to "
+                                  "its query or not ascending;"
+                                : "");
 }
 
 Status read_error_word(const Executor& executor, bool clear, uint32_t* word) {

@@ -1,4 +1,4 @@
-// float16 and bfloat16 on the host, one element at a time, rounding to nearest even.
+// float16, bfloat16 and e4m3 on the host, one element at a time, rounding to nearest even.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,9 @@
 
 namespace condensate {
 
-inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline int64_t dtype_bytes(DType dtype) {
+    return dtype == DType::kFloat32 ? 4 : dtype == DType::kFloat8E4M3 ? 1 : 2;
+}
 
 inline uint32_t float_bits(float value) {
     uint32_t bits;
@@ -55,8 +57,21 @@ inline uint16_t float_to_float16(float value) {
     return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
 }
 
+// 4 bits of exponent with bias 7, 3 of mantissa; no infinity, all ones is NaN.
+inline float e4m3_to_float(uint8_t byte) {
+    const uint32_t sign = uint32_t{byte & 0x80u} << 24;
+    const uint32_t magnitude = byte & 0x7fu;
+    if (magnitude == 0x7fu) return float_from_bits(sign | 0x7fc00000u);
+    if (magnitude >= 0x08u) return float_from_bits(sign | ((magnitude << 20) + (120u << 23)));
+    // Subnormal: m * 2^-9, by putting m below the mantissa of 2^-6 and subtracting 2^-6.
+    const float value =
+        float_from_bits((magnitude << 20) + (121u << 23)) - float_from_bits(121u << 23);
+    return float_from_bits(sign | float_bits(value));
+}
+
 inline float load_number(DType dtype, const void* data, int64_t index) {
     if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+    if (dtype == DType::kFloat8E4M3) return e4m3_to_float(static_cast<const uint8_t*>(data)[index]);
     uint16_t half = static_cast<const uint16_t*>(data)[index];
     return dtype == DType::kFloat16 ? float16_to_float(half) : bfloat16_to_float(half);
 }

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate::kernels {
@@ -35,5 +36,9 @@ Status attention_sm90(const AttentionParams& params, const LaunchContext& contex
 Status attention_simt(const AttentionParams& params, const LaunchContext& context);
 Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& context);
 Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& context);
+
+int64_t decode_workspace_bytes(const DecodeParams& params, const LaunchContext& context);
+Status decode_attention(const DecodeParams& params, const LaunchContext& context);
+Status update_summaries(const UpdateSummariesParams& params, const LaunchContext& context);
 
 }  // namespace condensate::kernels

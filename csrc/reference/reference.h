@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate::reference {
@@ -26,6 +27,10 @@ template <class Acc>
 void omitted_from_lse(const OmittedFromLseParams& params);
 template <class Acc>
 void merge_states(const MergeStatesParams& params);
+
+// Always in double, but for what decode.h rounds to 8 bits in float.
+void update_kv_summaries(const UpdateSummariesParams& params, uint32_t* errors);
+void attention_with_kvcache(const DecodeParams& params, uint32_t* errors);
 
 // The valid entries of one list as a flag per block; faults are added to *errors.
 std::vector<char> listed_blocks(const int32_t* indices, int32_t count, int64_t max_blocks,

@@ -4,6 +4,7 @@
 // numbers (enum Selector), since the stable ABI leaks the string of every `str` argument.
 #include <torch/csrc/stable/library.h>
 
+#include "torch/decode.h"
 #include "torch/ops.h"
 
 STABLE_TORCH_LIBRARY(condensate, m) {
@@ -38,6 +39,40 @@ STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
         "-> (Tensor out, Tensor lse)");
+    m.def(
+        "attention_with_kvcache(Tensor query, Tensor key_cache, Tensor value_cache, Tensor "
+        "cache_seqlens, *, Tensor? block_table=None, Tensor? summaries=None, Tensor? "
+        "summary_scales=None, Tensor? key_center=None, SymInt window=256, SymInt "
+        "anchors=64, SymInt topk=704, SymInt shortlist=4096, float? top_p=None, bool "
+        "far_field=True, Tensor? sinks=None, float softcap=0.0, float? scale=None, Tensor? "
+        "key_scale=None, Tensor? value_scale=None) -> (Tensor out, Tensor lse, Tensor "
+        "omitted_mass_estimate)");
+    m.def(
+        "attention_with_kvcache_(Tensor query, Tensor key_cache, Tensor value_cache, Tensor"
+        " cache_seqlens, Tensor(a!) out, *, Tensor? block_table=None, Tensor? "
+        "summaries=None, Tensor? summary_scales=None, Tensor? key_center=None, SymInt "
+        "window=256, SymInt anchors=64, SymInt topk=704, SymInt shortlist=4096, float? "
+        "top_p=None, bool far_field=True, Tensor? sinks=None, float softcap=0.0, float? "
+        "scale=None, Tensor? key_scale=None, Tensor? value_scale=None) -> (Tensor lse, "
+        "Tensor omitted_mass_estimate)");
+    m.def(
+        "select_tokens_with_kvcache(Tensor query, Tensor key_cache, Tensor value_cache, "
+        "Tensor cache_seqlens, *, Tensor? block_table=None, Tensor? summaries=None, Tensor?"
+        " summary_scales=None, Tensor? key_center=None, SymInt window=256, SymInt "
+        "anchors=64, SymInt topk=704, SymInt shortlist=4096, float? top_p=None, float "
+        "softcap=0.0, float? scale=None, Tensor? key_scale=None) -> (Tensor token_indices, "
+        "Tensor token_counts)");
+    m.def(
+        "token_sparse_attention_with_kvcache(Tensor query, Tensor key_cache, Tensor "
+        "value_cache, Tensor cache_seqlens, Tensor token_indices, Tensor token_counts, *, "
+        "Tensor? block_table=None, SymInt window=256, SymInt anchors=64, Tensor? "
+        "sinks=None, float softcap=0.0, float? scale=None, Tensor? key_scale=None, Tensor? "
+        "value_scale=None) -> (Tensor out, Tensor lse)");
+    m.def(
+        "update_kv_summaries_(Tensor(a!) summaries, Tensor(b!) summary_scales, Tensor "
+        "key_cache, Tensor value_cache, Tensor cache_seqlens, *, SymInt appended, Tensor? "
+        "block_table=None, Tensor? key_center=None, Tensor? key_scale=None, Tensor? "
+        "value_scale=None) -> ()");
 }
 
 namespace {
@@ -53,6 +88,12 @@ void implement(Library& m) {
     m.impl("block_sparse_attention", TORCH_BOX(&ops::block_sparse_attention));
     m.impl("omitted_mass", TORCH_BOX(&ops::omitted_mass));
     m.impl("merge_states", TORCH_BOX(&ops::merge_states));
+    m.impl("attention_with_kvcache", TORCH_BOX(&ops::attention_with_kvcache));
+    m.impl("attention_with_kvcache_", TORCH_BOX(&ops::attention_with_kvcache_));
+    m.impl("select_tokens_with_kvcache", TORCH_BOX(&ops::select_tokens_with_kvcache));
+    m.impl("token_sparse_attention_with_kvcache",
+           TORCH_BOX(&ops::token_sparse_attention_with_kvcache));
+    m.impl("update_kv_summaries_", TORCH_BOX(&ops::update_kv_summaries_));
 }
 
 }  // namespace

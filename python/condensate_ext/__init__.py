@@ -13,6 +13,12 @@ from importlib.metadata import version as _version
 from condensate_ext import _loader
 from condensate_ext.audit import OmittedMassAudit, audit_omitted_mass
 from condensate_ext.diagnostics import ErrorWord, last_plan, read_error_word
+from condensate_ext.kvcache import (
+    KVSummaries,
+    attention_with_kvcache,
+    select_tokens_with_kvcache,
+    token_sparse_attention_with_kvcache,
+)
 from condensate_ext.ops import (
     attention,
     attention_forward,
@@ -36,10 +42,12 @@ if _loader.LOAD_ERROR is None:
 
 __all__ = [
     "ErrorWord",
+    "KVSummaries",
     "OmittedMassAudit",
     "__version__",
     "attention",
     "attention_forward",
+    "attention_with_kvcache",
     "audit_omitted_mass",
     "block_sparse_attention",
     "block_summaries",
@@ -49,4 +57,6 @@ __all__ = [
     "read_error_word",
     "select_blocks",
     "select_tokens",
+    "select_tokens_with_kvcache",
+    "token_sparse_attention_with_kvcache",
 ]

@@ -22,6 +22,11 @@ CAST_ARGUMENTS = {
     "select_tokens": 2,
     "block_sparse_attention": 3,
     "omitted_mass": 2,
+    # A cache keeps its dtype.
+    "attention_with_kvcache": 1,
+    "attention_with_kvcache_": 1,
+    "select_tokens_with_kvcache": 1,
+    "token_sparse_attention_with_kvcache": 1,
 }
 _KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 

@@ -29,7 +29,7 @@ def _forward_only(op: torch._ops.OpOverload) -> Callable[..., Any]:
     name = op._opname
 
     def kernel(keyset: _C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and _C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and _C._any_requires_grad(*args, **kwargs):
             raise RuntimeError(
                 f"condensate_ext.{name} is forward-only, but an input requires grad; call it "
                 "under torch.no_grad(), or pass .detach()ed tensors."

@@ -275,6 +275,35 @@ def _merge_states(
     return _out(out_a), _rows(out_a)
 
 
+def _attention_with_kvcache(query: Tensor, *_: object, **__: object) -> tuple[Tensor, ...]:
+    return _out(query), _rows(query), _rows(query)
+
+
+def _attention_with_kvcache_(query: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+    return _rows(query), _rows(query)
+
+
+def _select_tokens_with_kvcache(
+    query: Tensor, key_cache: Tensor, *_: object, topk: int = 704, **__: object
+) -> tuple[Tensor, Tensor]:
+    batch, _heads, query_len, _head_dim = query.shape
+    lists = (batch, key_cache.shape[1], query_len)
+    return (
+        query.new_empty((*lists, topk), dtype=torch.int32),
+        query.new_empty(lists, dtype=torch.int32),
+    )
+
+
+def _token_sparse_attention_with_kvcache(
+    query: Tensor, *_: object, **__: object
+) -> tuple[Tensor, Tensor]:
+    return _out(query), _rows(query)
+
+
+def _update_kv_summaries_(*_: object, **__: object) -> None:
+    return None
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "attention": _attention,
     "attention_forward": _attention_forward,
@@ -284,6 +313,11 @@ FAKES: dict[str, Callable[..., Any]] = {
     "block_sparse_attention": _block_sparse_attention,
     "omitted_mass": _omitted_mass,
     "merge_states": _merge_states,
+    "attention_with_kvcache": _attention_with_kvcache,
+    "attention_with_kvcache_": _attention_with_kvcache_,
+    "select_tokens_with_kvcache": _select_tokens_with_kvcache,
+    "token_sparse_attention_with_kvcache": _token_sparse_attention_with_kvcache,
+    "update_kv_summaries_": _update_kv_summaries_,
 }
 
 

@@ -25,9 +25,15 @@ class ErrorWord(enum.IntFlag):
     BLOCK_INDEX = 1
     """A listed block was negative, out of range or not ascending."""
     BLOCK_COUNT = 2
-    """A block count was negative or exceeded its list's width."""
+    """A count of blocks or tokens was negative or exceeded its list's width."""
     ROW_INDEX = 4
     """A sampled query row was out of range."""
+    CACHE_LENGTH = 8
+    """A sequence's length was negative or beyond its pages."""
+    BLOCK_TABLE = 16
+    """A page that a sequence needs was negative or out of range."""
+    TOKEN_INDEX = 32
+    """A listed token was negative, not visible or not ascending."""
 
 
 @dataclass(frozen=True)

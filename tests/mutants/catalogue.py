@@ -45,6 +45,21 @@ GAP_LIGHT = "test_far_estimate.py weighs_nothing"
 GAP_PARTIAL = "test_far_estimate.py without_a_window"
 GAP_SHARE = "test_far_estimate.py defined_one"
 GAP_CALLS = "test_far_estimate.py of_a_single_query"
+DECODE_SUMMARIES = "test_decode_summaries.py centers or (step_by_step and 5-64)"
+DECODE_TOUCHED = "test_decode_summaries.py what_the_appended"
+DECODE_LISTS = "test_decode_selection.py tied_integers or ties_go"
+DECODE_TOP_P = "test_decode_selection.py top_p"
+DECODE_EDGES = "test_decode_attention.py windows_and_anchors"
+DECODE_LAYOUTS = "test_decode_attention.py layouts and (128 or None)"
+DECODE_DENSE = "test_decode_attention.py covers_the_cache or query_lengths"
+DECODE_OPTIONS = "test_decode_attention.py options or 8_bit"
+DECODE_WEIGHTS = "test_decode_attention.py queries_of_zero"
+DECODE_MARKERS = "test_decode_attention.py weighs_the_same"
+DECODE_GIVEN = "test_decode_contents.py token_list"
+DECODE_CHUNKS = "test_decode_attention.py long_and_dense"
+DECODE_HOSTILE_DENSE = "test_decode_contents.py dense_call"
+DECODE_HOSTILE = "test_decode_contents.py not_there or token_list or out_of_bounds"
+DECODE_ALONE = "test_decode_contents.py what_it_is_alone or its_batch"
 
 CPU = (
     Mutant(
@@ -628,6 +643,167 @@ CPU = (
         "plan->path = route->path;",
         "plan->path = routes[count - 2].path;",
         "test_paths.py forced_path_is_the_one",
+    ),
+    Mutant(
+        "decode_unfinished_unit_averaged_over_eight",
+        "cpu/kv_summaries.cc",
+        "finish_key_mean(end - begin);",
+        "finish_key_mean(kUnitKeys);",
+        DECODE_SUMMARIES,
+    ),
+    Mutant(
+        "decode_summary_rounded_down",
+        "cpu/kv_summaries.cc",
+        "(row[d] * levels + kShift) - kShift",
+        "std::floor(row[d] * levels)",
+        DECODE_SUMMARIES,
+    ),
+    Mutant(
+        "decode_center_not_taken_off",
+        "cpu/kv_summaries.cc",
+        "scratch_.mean[d] -= p_.summaries.key_center[kv_ * dim_ + d]",
+        "scratch_.mean[d] -= 0",
+        DECODE_SUMMARIES,
+    ),
+    Mutant(
+        "decode_whole_pool_written",
+        "cpu/kv_summaries.cc",
+        "            if (first_key + end <= appended_begin) continue;\n",
+        "",
+        DECODE_TOUCHED,
+    ),
+    Mutant(
+        "decode_scan_without_the_queries_scale",
+        "cpu/decode_scan.cc",
+        "(s.scale[r] * scales[n])",
+        "(1.0f * scales[n])",
+        DECODE_OPTIONS,
+    ),
+    Mutant(
+        "decode_scan_without_the_center",
+        "cpu/decode_scan.cc",
+        "p.scale * (product + s.center[r])",
+        "p.scale * product",
+        DECODE_OPTIONS,
+    ),
+    Mutant(
+        "decode_ties_to_the_higher",
+        "cpu/decode_select.cc",
+        "ties-- <= 0",
+        "order[j] == 0",
+        DECODE_LISTS,
+    ),
+    Mutant(
+        "decode_shortlist_one_unit_short",
+        "cpu/decode_select.cc",
+        "there, p_.shortlist / kUnitKeys,",
+        "there, p_.shortlist / kUnitKeys - 1,",
+        DECODE_LISTS,
+    ),
+    Mutant(
+        "decode_rank_of_the_first_head",
+        "cpu/decode_select.cc",
+        "if (scores[c] - z > s_.ranks[c]) s_",
+        "if (g == 0) s_",
+        DECODE_LISTS,
+    ),
+    Mutant(
+        "decode_top_p_of_the_list_alone",
+        "cpu/decode_select.cc",
+        "if (!s_.listed[c]) rest += ",
+        "if (false) rest += ",
+        DECODE_TOP_P,
+    ),
+    Mutant(
+        "decode_anchors_twice",
+        "cpu/decode_select.cc",
+        "if (span_.is_candidate(previous)) s_",
+        "if (previous < span_.recent_begin) s_",
+        DECODE_GIVEN,
+    ),
+    Mutant(
+        "decode_first_recent_key_dropped",
+        "cpu/decode_select.cc",
+        "for (int j = span_.recent_begin; j",
+        "for (int j = span_.recent_begin + 1; j",
+        DECODE_MARKERS,
+    ),
+    Mutant(
+        "decode_anchors_in_the_rest",
+        "cpu/decode_select.cc",
+        "            const int64_t first = max_i64(u * kUnitKeys, span_.anchors_end);\n",
+        "            const int64_t first = u * kUnitKeys;\n",
+        DECODE_EDGES,
+    ),
+    Mutant(
+        "decode_shortlisted_units_in_the_rest",
+        "cpu/decode_select.cc",
+        "if (s_.shortlisted[u] || sequence_",
+        "if (false || sequence_",
+        DECODE_WEIGHTS,
+    ),
+    Mutant(
+        "decode_pool_value_of_the_first_pool",
+        "cpu/decode_select.cc",
+        "sequence_.slot_of(key) / call_.pool;",
+        "0 / call_.pool;",
+        DECODE_LAYOUTS,
+    ),
+    Mutant(
+        "decode_omitted_mass_of_units_alone",
+        "cpu/decode_select.cc",
+        "s_.rest[n++] = scores[c];",
+        "n += 0;",
+        DECODE_WEIGHTS,
+    ),
+    Mutant(
+        "decode_dense_sees_the_next_key",
+        "cpu/decode_dense.cc",
+        "call.span(item.b, i).visible : 0",
+        "call.span(item.b, i).visible + 1 : 0",
+        DECODE_DENSE,
+    ),
+    Mutant(
+        "decode_chunks_not_rescaled",
+        "cpu/decode_dense.cc",
+        "values[d] += out[d] * factor;",
+        "values[d] += out[d];",
+        DECODE_CHUNKS,
+    ),
+    Mutant(
+        "decode_missing_page_attended",
+        "cpu/decode_dense.cc",
+        "if (!there[n]) std",
+        "if (false) std",
+        DECODE_HOSTILE_DENSE,
+    ),
+    Mutant(
+        "decode_missing_page_listed",
+        "cpu/decode_select.cc",
+        "= there[n] ? score : kMinusInfinity;",
+        "= score;",
+        DECODE_HOSTILE,
+    ),
+    Mutant(
+        "decode_token_beyond_the_query",
+        "cpu/decode_select.cc",
+        "tokens[n] >= span_.visible) {",
+        "false) {",
+        DECODE_HOSTILE,
+    ),
+    Mutant(
+        "decode_sink_without_its_head",
+        "cpu/decode.cc",
+        "p.sinks[call.head(kv, g)]",
+        "p.sinks[g]",
+        DECODE_OPTIONS,
+    ),
+    Mutant(
+        "decode_value_scale_forgotten",
+        "cpu/decode_rows.h",
+        "target[n] *= scale;",
+        "target[n] *= 1.0f;",
+        DECODE_OPTIONS,
     ),
 )
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "condensate/call.h"
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate {
@@ -18,6 +19,12 @@ Status attention(const AttentionParams& params, const Executor& executor);
 Status omitted_mass(const OmittedMassParams& params, const Executor& executor);
 Status merge_states(const MergeStatesParams& params, const Executor& executor);
 Status omitted_from_lse(const OmittedFromLseParams& params, const Executor& executor);
+
+// Decoding over a cache; docs/decoding.md. Bytes of scratch, which depend on the capacity of the
+// cache and not on its lengths (0 on the CPU).
+int64_t decode_workspace_bytes(const DecodeParams& params, const Executor& executor);
+Status attention_with_kvcache(const DecodeParams& params, const Executor& executor);
+Status update_kv_summaries(const UpdateSummariesParams& params, const Executor& executor);
 
 // The sticky error word (ErrorBit) of a device; a CUDA executor synchronises its stream first.
 Status read_error_word(const Executor& executor, bool clear, uint32_t* word);
