@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "condensate/decode.h"
 #include "condensate/params.h"
 
 namespace condensate::kernels {
@@ -33,5 +34,10 @@ Status attention_sm90(const AttentionParams& params, const LaunchContext& contex
 Status attention_simt(const AttentionParams& params, const LaunchContext& context);
 Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& context);
 Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& context);
+
+// Decoding over a cache: mma.sync, float16 and bfloat16 queries, caches of their type or e4m3.
+Status update_summaries(const UpdateSummariesParams& params, const LaunchContext& context);
+int64_t decode_dense_workspace_bytes(const DecodeParams& params, const LaunchContext& context);
+Status decode_dense(const DecodeParams& params, const LaunchContext& context);
 
 }  // namespace condensate::kernels
