@@ -46,7 +46,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[kMTiles][2][4], int last,
 
 // Adds up the warps' rows, and writes them to the workspace.
 template <class Traits>
-__device__ __forceinline__ void store_partial(typename Traits::Smem& smem, const WorkItem& item,
+__device__ __forceinline__ void store_partial(typename Traits::Smem& smem,
                                               const OutTiles<Traits>& out,
                                               const device::OnlineSoftmax<Traits::kMTiles>& softmax,
                                               const DecodeParams& params,
@@ -73,6 +73,7 @@ __device__ __forceinline__ void store_partial(typename Traits::Smem& smem, const
     __syncthreads();  // all warps' rows are there
 
     constexpr int kQuads = Traits::kDim / 4;
+    const WorkItem item = smem.work.item;
     const int rows = min(partials.rows - item.first_row, Traits::kRows);
     const int64_t flat_head = item.batch * params.kv_heads + item.kv_head;
     for (int i = threadIdx.x; i < rows * kQuads; i += Traits::kThreads) {
@@ -98,7 +99,6 @@ __device__ __forceinline__ void store_partial(typename Traits::Smem& smem, const
         reinterpret_cast<float4*>(partials.out)[flat * kQuads + quad] = total;
         if (quad == 0) partials.weight[flat] = make_float2(reference, sum);
     }
-    __syncthreads();  // read; the next item's copies may overwrite it
 }
 
 template <class Traits>
@@ -110,11 +110,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     extern __shared__ __align__(128) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     const int query_len = static_cast<int>(params.query_len);
+    const int warp = threadIdx.x / 32;
     uint32_t errors = 0;
-    WorkWalk walk(params, row_tiles, Traits::kRows);
-    WorkItem item;
-    for (int64_t index = blockIdx.x; walk.find(index, &item, &errors); index += gridDim.x) {
-        KeyTiles<Traits> tiles(params.cache, item, smem.warp[threadIdx.x / 32].stage);
+    if (warp == 0) smem.work.start(row_tiles, Traits::kRows);
+    while (true) {
+        __syncthreads();  // nobody reads the last item any more, nor its rows
+        if (warp == 0) smem.work.step(params, &errors);
+        __syncthreads();  // the item is there
+        const WorkItem item = smem.work.item;
+        if (item.begin < 0) break;
+        KeyTiles<Traits> tiles(params.cache, item, smem.warp[warp].stage);
         const int count = tiles.count();
 #pragma unroll
         for (int n = 0; n < Traits::kStages - 1; ++n) {
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         ptx::cp_async_wait<0>();
         __syncwarp();  // nothing is on its way to the stages, which the rows replace
         softmax.reduce_sums();
-        store_partial<Traits>(smem, item, out, softmax, params, partials);
+        store_partial<Traits>(smem, out, softmax, params, partials);
     }
     if (errors) atomicOr(error_word, errors);
 }

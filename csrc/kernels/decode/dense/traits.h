@@ -5,6 +5,7 @@
 
 #include "device/float8.h"
 #include "device/smem_tile.h"
+#include "kernels/decode/dense/work.h"
 
 namespace condensate::kernels::decode {
 
@@ -47,6 +48,7 @@ struct DenseTraits {
         } warp[kWarps];
         float reference[kWarps][kRows];
         float sum[kWarps][kRows];
+        WorkWalk work;
     };
     static_assert(kChunks % 2 == 0, "a warp copies a tile in whole passes");
     static_assert(sizeof(Smem) <= 99 * 1024, "what the smallest GPUs allow a CTA");
