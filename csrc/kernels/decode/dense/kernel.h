@@ -111,11 +111,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     const int query_len = static_cast<int>(params.query_len);
     const int warp = threadIdx.x / 32;
-    uint32_t errors = 0;
     if (warp == 0) smem.work.start(row_tiles, Traits::kRows);
     while (true) {
         __syncthreads();  // nobody reads the last item any more, nor its rows
-        if (warp == 0) smem.work.step(params, &errors);
+        if (warp == 0) smem.work.step(params, error_word);
         __syncthreads();  // the item is there
         const WorkItem item = smem.work.item;
         if (item.begin < 0) break;
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int count = tiles.count();
 #pragma unroll
         for (int n = 0; n < Traits::kStages - 1; ++n) {
-            if (n < count) tiles.load(n, &errors);
+            if (n < count) tiles.load(n, error_word);
             ptx::cp_async_commit();
         }
 
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         for (int n = 0; n < count; ++n) {
             ptx::cp_async_wait<Traits::kStages - 2>();
             __syncwarp();  // tile n has landed; no lane reads the one before any more
-            if (n + Traits::kStages - 1 < count) tiles.load(n + Traits::kStages - 1, &errors);
+            if (n + Traits::kStages - 1 < count) tiles.load(n + Traits::kStages - 1, error_word);
             ptx::cp_async_commit();
 
             ScoreTiles<Traits> s;
@@ -172,7 +171,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         softmax.reduce_sums();
         store_partial<Traits>(smem, out, softmax, params, partials);
     }
-    if (errors) atomicOr(error_word, errors);
 }
 
 }  // namespace condensate::kernels::decode

@@ -32,8 +32,8 @@ class KeyTiles {
     __device__ uint32_t v_smem(int n) const { return stage_smem(n) + offsetof(Stage, v); }
 
     // Starts the copy of tile n; n counts up from 0. What is not there becomes zero.
-    __device__ void load(int n, uint32_t* errors) {
-        if ((n & 31) == 0) look_up(n, errors);
+    __device__ void load(int n, uint32_t* error_word) {
+        if ((n & 31) == 0) look_up(n, error_word);
         const auto* key = shuffle(key_, n & 31);
         const auto* value = shuffle(value_, n & 31);
         const uint32_t bit = 1u << (n & 31);
@@ -85,7 +85,7 @@ class KeyTiles {
     }
 
     // The addresses of tiles [n, n + 32), one a lane; null where there is no page.
-    __device__ void look_up(int n, uint32_t* errors) {
+    __device__ void look_up(int n, uint32_t* error_word) {
         const int key = first_key(n + static_cast<int>(threadIdx.x & 31));
         key_ = value_ = nullptr;
         if (key >= end_) return;
@@ -96,7 +96,7 @@ class KeyTiles {
                                  ? __ldg(cache_.block_table + batch_ * cache_.max_pages + column)
                                  : batch_;
         if (page < 0 || page >= cache_.num_pages) {
-            *errors |= kErrorBlockTable;
+            atomicOr(error_word, kErrorBlockTable);
             return;
         }
         key_ = static_cast<const Element*>(cache_.key) + page * cache_.key_stride_page +

@@ -29,14 +29,14 @@ struct WorkWalk {
         next = blockIdx.x;
         first_unit = first_sequence = 0;
     }
-    __device__ void step(const DecodeParams& params, uint32_t* errors) {
+    __device__ void step(const DecodeParams& params, uint32_t* error_word) {
         const int lane = threadIdx.x & 31;
         const int parts = static_cast<int>(params.kv_heads) * row_tiles;  // items of a unit
         const int unit = static_cast<int>(next / parts), part = static_cast<int>(next % parts);
         int before = first_unit, sequence = first_sequence;
         __syncwarp();  // read by all lanes
         for (; sequence < params.batch; sequence += 32) {
-            const int length = read_length(params, sequence + lane, errors);
+            const int length = read_length(params, sequence + lane, error_word);
             int through = static_cast<int>(num_splits(length));  // of these sequences up to mine
             const int mine = through;
 #pragma unroll
@@ -70,12 +70,13 @@ struct WorkWalk {
   private:
     static constexpr unsigned kAll = 0xffffffffu;
 
-    __device__ static int read_length(const DecodeParams& params, int sequence, uint32_t* errors) {
+    __device__ static int read_length(const DecodeParams& params, int sequence,
+                                      uint32_t* error_word) {
         if (sequence >= params.batch) return 0;
         bool clamped;
         const int64_t length = bounded_length(__ldg(params.cache.lengths + sequence),
                                               params.cache.capacity(), &clamped);
-        if (clamped) *errors |= kErrorCacheLength;
+        if (clamped) atomicOr(error_word, kErrorCacheLength);
         return static_cast<int>(length);
     }
 };
