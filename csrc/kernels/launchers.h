@@ -12,6 +12,7 @@ namespace condensate::kernels {
 struct LaunchContext {
     cudaStream_t stream = nullptr;
     int sm_count = 0;
+    int sm_major = 0;
     int max_smem_per_block_bytes = 0;  // opt-in limit
     uint32_t* error_word = nullptr;    // device memory, sticky, see ErrorBit
 };
