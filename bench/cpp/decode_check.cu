@@ -82,6 +82,7 @@ kernels::LaunchContext make_context() {
     cudaDeviceProp prop;
     CHECK(cudaGetDeviceProperties(&prop, 0));
     context.sm_count = prop.multiProcessorCount;
+    context.sm_major = prop.major;
     context.max_smem_per_block_bytes = static_cast<int>(prop.sharedMemPerBlockOptin);
     CHECK(cudaMalloc(&context.error_word, 4));
     CHECK(cudaMemset(context.error_word, 0, 4));

@@ -28,9 +28,10 @@ Status run_dense(const DecodeParams& params, const LaunchContext& context) {
                            sizeof(typename Traits::Smem), context, params, partials, row_tiles,
                            context.error_word);
     if (!status.ok()) return status;
-    return launch(combine_kernel<typename Traits::T, Traits::kDim>, "decode_dense_combine",
-                  {params.batch * params.query_heads * params.query_len}, kCombineThreads,
-                  sizeof(CombineSmem<Traits::kDim>), context, params, partials);
+    Grid rows = {params.batch * params.query_heads * params.query_len};
+    rows.overlaps = true;
+    return launch(combine_kernel<typename Traits::T, Traits::kDim>, "decode_dense_combine", rows,
+                  kCombineThreads, sizeof(CombineSmem<Traits::kDim>), context, params, partials);
 }
 
 template <class T, class Element, int kDim>

@@ -7,16 +7,18 @@
 #include "device/element.h"
 #include "device/softmax.h"
 #include "kernels/decode/dense/splits.h"
+#include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
 
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 256;
+constexpr int kCombineBatch = 8;  // partial outputs that a thread loads at once
 
 template <int kDim>
 struct CombineSmem {
     static constexpr int kQuads = kDim / 4;                   // threads that share a row
     static constexpr int kGroups = kCombineThreads / kQuads;  // every kGroups-th split each
-    float weight[kMaxSplits];
+    float weight[kCombineThreads];
     float4 part[kGroups][kQuads];
     float shared[kCombineThreads / 32];
 };
@@ -58,6 +60,45 @@ struct CombinedRow {
     }
 };
 
+// Partial outputs of a thread's splits, kGroups apart, from `first` on; zero behind the last.
+template <int kDim>
+__device__ __forceinline__ void load_parts(float4 (&parts)[kCombineBatch], const Partials& partials,
+                                           const CombinedRow& row, int first, int quad) {
+    using Smem = CombineSmem<kDim>;
+#pragma unroll
+    for (int j = 0; j < kCombineBatch; ++j) {
+        const int split = first + j * Smem::kGroups;
+        const int64_t flat = row.partial + split * row.partial_stride;
+        parts[j] = split < row.splits
+                       ? reinterpret_cast<const float4*>(partials.out)[flat * Smem::kQuads + quad]
+                       : float4{};
+    }
+}
+
+// Writes a row's four channels of this thread: the groups' sums, added up.
+template <class T, int kDim>
+__device__ __forceinline__ void store_combined(const CombineSmem<kDim>& smem,
+                                               const DecodeParams& params, const CombinedRow& row,
+                                               float factor) {
+    constexpr int kGroups = CombineSmem<kDim>::kGroups;
+    float4 total = {};
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+        const float4 x = smem.part[g][threadIdx.x];
+        total.x += x.x;
+        total.y += x.y;
+        total.z += x.z;
+        total.w += x.w;
+    }
+    Vec<T, 4> out = {};  // a row that sees no key does not see NaN among the values either
+    if (row.sees_keys)
+        out = {{from_float<T>(total.x * factor), from_float<T>(total.y * factor),
+                from_float<T>(total.z * factor), from_float<T>(total.w * factor)}};
+    T* out_gmem = static_cast<T*>(params.out) + row.batch * params.out_stride_batch +
+                  row.head * params.out_stride_head + row.query * params.out_stride_seq;
+    reinterpret_cast<Vec<T, 4>*>(out_gmem)[threadIdx.x] = out;
+}
+
 // One CTA a row.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kCombineThreads)
@@ -67,12 +108,15 @@ __global__ void __launch_bounds__(kCombineThreads)
     extern __shared__ __align__(128) char smem_bytes[];
     auto& smem = *reinterpret_cast<Smem*>(smem_bytes);
     const CombinedRow row(params, partials);
-    const int thread = threadIdx.x;
+    const int thread = threadIdx.x, group = thread / Smem::kQuads, quad = thread % Smem::kQuads;
+    float sink = -INFINITY;  // log2
+    if (params.sinks && row.sees_keys) sink = params.sinks[row.head] * device::kLog2E;
+    ptx::wait_for_prior_grids();
 
     float2 weight = {-INFINITY, 0.0f};  // of split `thread`
     if (thread < row.splits) weight = partials.weight[row.partial + thread * row.partial_stride];
-    float sink = -INFINITY;  // log2
-    if (params.sinks && row.sees_keys) sink = params.sinks[row.head] * device::kLog2E;
+    float4 parts[kCombineBatch];
+    load_parts<kDim>(parts, partials, row, group < Smem::kGroups ? group : row.splits, quad);
     const float reference = reduce_cta(fmaxf(weight.x, sink), smem.shared,
                                        [](float a, float b) { return fmaxf(a, b); });
     const float exponent = device::finite_reference(reference);
@@ -81,38 +125,28 @@ __global__ void __launch_bounds__(kCombineThreads)
     float sum = reduce_cta(factor * weight.y, smem.shared, [](float a, float b) { return a + b; });
     sum += ptx::exp2_approx(sink - exponent);
 
-    const int group = thread / Smem::kQuads, quad = thread % Smem::kQuads;
-    const float4* part = reinterpret_cast<const float4*>(partials.out) + quad;
-    float4 total = {};
     if (group < Smem::kGroups) {
-#pragma unroll 8
-        for (int split = group; split < row.splits; split += Smem::kGroups) {
-            const float4 x = part[(row.partial + split * row.partial_stride) * Smem::kQuads];
-            const float w = smem.weight[split];
-            total.x = fmaf(w, x.x, total.x);
-            total.y = fmaf(w, x.y, total.y);
-            total.z = fmaf(w, x.z, total.z);
-            total.w = fmaf(w, x.w, total.w);
+        float4 total = {};
+        for (int first = group; first < row.splits; first += kCombineBatch * Smem::kGroups) {
+            if (first != group) load_parts<kDim>(parts, partials, row, first, quad);
+#pragma unroll
+            for (int j = 0; j < kCombineBatch; ++j) {
+                const int split = first + j * Smem::kGroups;
+                const float w = split < row.splits ? smem.weight[split] : 0.0f;
+                total.x = fmaf(w, parts[j].x, total.x);
+                total.y = fmaf(w, parts[j].y, total.y);
+                total.z = fmaf(w, parts[j].z, total.z);
+                total.w = fmaf(w, parts[j].w, total.w);
+            }
         }
         smem.part[group][quad] = total;
     }
-    __syncthreads();
+    __syncthreads();  // the groups' sums are there
     if (thread < Smem::kQuads) {
-        float factor_out = sum == 0.0f || !row.sees_keys ? 0.0f : 1.0f / sum;
+        float out_factor = sum == 0.0f || !row.sees_keys ? 0.0f : 1.0f / sum;
         if (params.cache.value_scale)
-            factor_out *= params.cache.value_scale[row.head / params.group()];
-        Vec<T, 4> out;
-        const float* parts = reinterpret_cast<const float*>(smem.part);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            float x = 0.0f;
-#pragma unroll
-            for (int g = 0; g < Smem::kGroups; ++g) x += parts[(g * Smem::kQuads + thread) * 4 + e];
-            out.elem[e] = from_float<T>(row.sees_keys ? x * factor_out : 0.0f);
-        }
-        T* out_gmem = static_cast<T*>(params.out) + row.batch * params.out_stride_batch +
-                      row.head * params.out_stride_head + row.query * params.out_stride_seq;
-        reinterpret_cast<Vec<T, 4>*>(out_gmem)[thread] = out;
+            out_factor *= params.cache.value_scale[row.head / params.group()];
+        store_combined<T, kDim>(smem, params, row, out_factor);
     }
     if (thread == 0 && params.lse) {
         constexpr float kLn2 = 0.693147180559945309f;

@@ -6,6 +6,7 @@
 #include "device/softmax.h"
 #include "kernels/decode/dense/key_tiles.h"
 #include "kernels/decode/dense/products.h"
+#include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
 
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     const int query_len = static_cast<int>(params.query_len);
     const int warp = threadIdx.x / 32;
+    ptx::launch_dependent_grids();  // the combination, which waits for all of this
     if (warp == 0) smem.work.start(row_tiles, Traits::kRows);
     while (true) {
         __syncthreads();  // nobody reads the last item any more, nor its rows
