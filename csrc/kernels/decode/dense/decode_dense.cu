@@ -1,10 +1,38 @@
-// Dense decoding: chooses the types, which have a file each because they compile for long.
+// Dense decoding: attention within splits of the keys, then their combination.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "condensate/decode.h"
-#include "kernels/decode/dense/splits.h"
-#include "kernels/decode/dense/types.h"
+#include "device/float8.h"
+#include "kernels/decode/dense/stages.h"
 #include "kernels/launchers.h"
 
 namespace condensate::kernels {
+namespace {
+
+decode::Partials partials_of(const DecodeParams& params) {
+    decode::Partials partials = {};
+    partials.max_splits = static_cast<int32_t>(decode::max_splits(params.cache.capacity()));
+    partials.rows = static_cast<int32_t>(params.group() * params.query_len);
+    partials.out = static_cast<float*>(params.workspace);
+    partials.weight =
+        reinterpret_cast<float2*>(partials.out + decode::partial_rows(params) * params.head_dim);
+    return partials;
+}
+
+Status attend_splits(const DecodeParams& params, const decode::Partials& partials,
+                     const LaunchContext& context) {
+    switch (params.cache.dtype) {
+        case DType::kFloat8E4M3:
+            return decode::attend_splits<device::Float8>(params, partials, context);
+        case DType::kFloat16:
+            return decode::attend_splits<__half>(params, partials, context);
+        default:
+            return decode::attend_splits<__nv_bfloat16>(params, partials, context);
+    }
+}
+
+}  // namespace
 
 int64_t decode_dense_workspace_bytes(const DecodeParams& params, const LaunchContext&) {
     return decode::partial_rows(params) *
@@ -12,13 +40,9 @@ int64_t decode_dense_workspace_bytes(const DecodeParams& params, const LaunchCon
 }
 
 Status decode_dense(const DecodeParams& params, const LaunchContext& context) {
-    const bool half = params.dtype == DType::kFloat16;
-    if (params.cache.dtype == DType::kFloat8E4M3) {
-        return half ? decode::decode_dense_float8<__half>(params, context)
-                    : decode::decode_dense_float8<__nv_bfloat16>(params, context);
-    }
-    return half ? decode::decode_dense_16bit<__half>(params, context)
-                : decode::decode_dense_16bit<__nv_bfloat16>(params, context);
+    const decode::Partials partials = partials_of(params);
+    const Status status = attend_splits(params, partials, context);
+    return status.ok() ? decode::combine_splits(params, partials, context) : status;
 }
 
 }  // namespace condensate::kernels

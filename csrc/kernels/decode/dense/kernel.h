@@ -107,7 +107,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
     decode_dense_kernel(const __grid_constant__ DecodeParams params,
                         const __grid_constant__ Partials partials,
                         const __grid_constant__ int row_tiles, uint32_t* error_word) {
-    using T = typename Traits::T;
     extern __shared__ __align__(128) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     const int query_len = static_cast<int>(params.query_len);
@@ -129,14 +128,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         }
 
         QueryTiles<Traits> q;
-        load_queries<Traits>(q, [&](int tile_row) -> const T* {
+        load_queries<Traits>(q, [&](int tile_row) -> const uint16_t* {
             const int row = item.first_row + tile_row;
             if (row >= partials.rows) return nullptr;
             const int64_t head = item.kv_head * params.group() + row / query_len;
-            return static_cast<const T*>(params.query.data) +
+            return static_cast<const uint16_t*>(params.query.data) +
                    item.batch * params.query.stride_batch + head * params.query.stride_head +
                    row % query_len * params.query.stride_seq;
         });
+        RowScales<Traits> row_scales;
+        if constexpr (Traits::kFloat8)
+            to_half<Traits>(q, params.dtype == DType::kFloat16, row_scales);
         float scale = params.scale;
         if (params.cache.key_scale) scale *= params.cache.key_scale[item.kv_head];
         const float scale_log2 =
@@ -152,6 +154,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
 
             ScoreTiles<Traits> s;
             score_keys<Traits>(s, q, tiles.k_smem(n));
+            if constexpr (Traits::kFloat8) device::scale_rows(s, row_scales);
             if (params.softcap > 0.0f) {
                 cap_scores(s, scale / params.softcap);
             } else if (scale < 0.0f) {

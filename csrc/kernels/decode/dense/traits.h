@@ -1,6 +1,8 @@
 // Shapes and shared memory of the dense decoding kernel.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include <type_traits>
 
 #include "device/float8.h"
@@ -9,14 +11,14 @@
 
 namespace condensate::kernels::decode {
 
-// T of queries and products, Element of the cache: T or Float8.
-template <class T_, class Element_, int kDim_, int kMTiles_>
+// Element of the cache: float16, bfloat16 or Float8.
+template <class Element_, int kDim_, int kMTiles_>
 struct DenseTraits {
-    using T = T_;
     using Element = Element_;
     static constexpr int kDim = kDim_;
     static constexpr int kMTiles = kMTiles_;  // 16-row tiles, the same rows for every warp
     static constexpr bool kFloat8 = std::is_same_v<Element, device::Float8>;
+    using T = std::conditional_t<kFloat8, __half, Element>;  // of products
     static constexpr int kRows = 16 * kMTiles;
     static constexpr int kTileKeys = 16;  // keys of one step of one warp; in one page
     static constexpr int kDTiles = kDim / 8;

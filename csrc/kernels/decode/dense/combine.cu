@@ -1,15 +1,15 @@
 // Adds up the splits of a row in ascending order and writes its output and LSE.
-#pragma once
-
 #include <cmath>
 
 #include "condensate/decode.h"
 #include "device/element.h"
 #include "device/softmax.h"
-#include "kernels/decode/dense/splits.h"
+#include "kernels/decode/dense/stages.h"
+#include "kernels/launch.h"
 #include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
+namespace {
 
 constexpr int kCombineThreads = 256;
 constexpr int kCombineBatch = 8;  // partial outputs that a thread loads at once
@@ -155,6 +155,37 @@ __global__ void __launch_bounds__(kCombineThreads)
     }
     if (thread == 0 && params.omitted_mass_estimate)
         params.omitted_mass_estimate[blockIdx.x] = 0.0f;
+}
+
+template <class T, int kDim>
+Status run_combine(const DecodeParams& params, const Partials& partials,
+                   const LaunchContext& context) {
+    Grid rows = {params.batch * params.query_heads * params.query_len};
+    rows.overlaps = true;
+    return launch(combine_kernel<T, kDim>, "decode_dense_combine", rows, kCombineThreads,
+                  sizeof(CombineSmem<kDim>), context, params, partials);
+}
+
+template <class T>
+Status choose_dim(const DecodeParams& params, const Partials& partials,
+                  const LaunchContext& context) {
+    switch (params.head_dim) {
+        case 64:
+            return run_combine<T, 64>(params, partials, context);
+        case 96:
+            return run_combine<T, 96>(params, partials, context);
+        case 128:
+            return run_combine<T, 128>(params, partials, context);
+    }
+    return run_combine<T, 256>(params, partials, context);
+}
+
+}  // namespace
+
+Status combine_splits(const DecodeParams& params, const Partials& partials,
+                      const LaunchContext& context) {
+    return params.dtype == DType::kFloat16 ? choose_dim<__half>(params, partials, context)
+                                           : choose_dim<__nv_bfloat16>(params, partials, context);
 }
 
 }  // namespace condensate::kernels::decode

@@ -1,8 +1,7 @@
 #include "kernels/decode/dense/by_type.h"
-#include "kernels/decode/dense/types.h"
 
 namespace condensate::kernels::decode {
 
-template Status decode_dense_16bit<__half>(const DecodeParams&, const LaunchContext&);
+template Status attend_splits<__half>(const DecodeParams&, const Partials&, const LaunchContext&);
 
 }  // namespace condensate::kernels::decode
