@@ -51,7 +51,7 @@ struct CombinedRow {
         bool clamped;
         const int64_t length =
             bounded_length(__ldg(params.cache.lengths + batch), params.cache.capacity(), &clamped);
-        splits = static_cast<int32_t>(num_splits(length));
+        splits = static_cast<int32_t>(Splits(params.kv_heads).count(length));
         sees_keys = length - params.query_len + query >= 0;
         const int group = params.group();
         const int64_t row = head % group * params.query_len + query;

@@ -12,7 +12,8 @@ namespace {
 
 decode::Partials partials_of(const DecodeParams& params) {
     decode::Partials partials = {};
-    partials.max_splits = static_cast<int32_t>(decode::max_splits(params.cache.capacity()));
+    partials.max_splits =
+        static_cast<int32_t>(decode::Splits(params.kv_heads).most_within(params.cache.capacity()));
     partials.rows = static_cast<int32_t>(params.group() * params.query_len);
     partials.out = static_cast<float*>(params.workspace);
     partials.weight =

@@ -1,5 +1,5 @@
-// How dense decoding divides the keys of a sequence: into splits by the sequence's own length
-// alone, so that a result does not depend on what else is in the batch.
+// How dense decoding divides the keys of a sequence: into splits by the sequence's own length and
+// the model's KV heads, so that a result does not depend on what else is in the batch.
 #pragma once
 
 #include "condensate/decode.h"
@@ -8,20 +8,30 @@ namespace condensate::kernels::decode {
 
 constexpr int kMinSplitKeys = 128;
 constexpr int kMaxSplits = 128;  // of a sequence
+// Of all KV heads of a sequence, about: work for all SMs, and not more, since every split costs the
+// traffic of its partial outputs.
+constexpr int kSequenceSplits = 256;
 
-// Keys of a split: a power of two.
-CONDENSATE_HOST_DEVICE int64_t split_keys(int64_t length) {
-    int64_t keys = kMinSplitKeys;
-    while (keys * kMaxSplits < length) keys *= 2;
-    return keys;
-}
-CONDENSATE_HOST_DEVICE int64_t num_splits(int64_t length) {
-    return ceil_div(length, split_keys(length));
-}
-// Of any length up to `capacity`.
-CONDENSATE_HOST_DEVICE int64_t max_splits(int64_t capacity) {
-    return min_i64(ceil_div(capacity, kMinSplitKeys), kMaxSplits);
-}
+struct Splits {
+    int most;  // of a sequence and KV head
+
+    CONDENSATE_HOST_DEVICE explicit Splits(int64_t kv_heads) : most(kMaxSplits) {
+        while (most > 32 && most * kv_heads > kSequenceSplits) most /= 2;
+    }
+    // Keys of a split: a power of two.
+    CONDENSATE_HOST_DEVICE int64_t keys(int64_t length) const {
+        int64_t keys = kMinSplitKeys;
+        while (keys * most < length) keys *= 2;
+        return keys;
+    }
+    CONDENSATE_HOST_DEVICE int64_t count(int64_t length) const {
+        return ceil_div(length, keys(length));
+    }
+    // Of any length up to `capacity`.
+    CONDENSATE_HOST_DEVICE int64_t most_within(int64_t capacity) const {
+        return min_i64(ceil_div(capacity, kMinSplitKeys), most);
+    }
+};
 
 // A sequence's length, bounded by its pages. `clamped` says that it was not within them.
 CONDENSATE_HOST_DEVICE int64_t bounded_length(int64_t length, int64_t capacity, bool* clamped) {
@@ -43,7 +53,8 @@ struct Partials {
     }
 };
 CONDENSATE_HOST_DEVICE int64_t partial_rows(const DecodeParams& p) {
-    return p.batch * p.query_heads * p.query_len * max_splits(p.cache.capacity());
+    return p.batch * p.query_heads * p.query_len *
+           Splits(p.kv_heads).most_within(p.cache.capacity());
 }
 
 }  // namespace condensate::kernels::decode

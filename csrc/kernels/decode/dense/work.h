@@ -33,11 +33,12 @@ struct WorkWalk {
         const int lane = threadIdx.x & 31;
         const int parts = static_cast<int>(params.kv_heads) * row_tiles;  // items of a unit
         const int unit = static_cast<int>(next / parts), part = static_cast<int>(next % parts);
+        const Splits splits(params.kv_heads);
         int before = first_unit, sequence = first_sequence;
         __syncwarp();  // read by all lanes
         for (; sequence < params.batch; sequence += 32) {
             const int length = read_length(params, sequence + lane, error_word);
-            int through = static_cast<int>(num_splits(length));  // of these sequences up to mine
+            int through = static_cast<int>(splits.count(length));  // of these sequences up to mine
             const int mine = through;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
@@ -53,7 +54,7 @@ struct WorkWalk {
                     item.first_row = part % row_tiles * tile_rows;
                     item.split = local - (through - mine);
                     item.length = length;
-                    const int64_t keys = split_keys(length), begin = item.split * keys;
+                    const int64_t keys = splits.keys(length), begin = item.split * keys;
                     item.begin = static_cast<int32_t>(begin);
                     item.end = static_cast<int32_t>(min_i64(begin + keys, length));
                     next += gridDim.x;
