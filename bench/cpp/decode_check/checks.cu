@@ -121,14 +121,16 @@ void run_update(const Case& c, int64_t appended, const kernels::LaunchContext& c
         float m = 0.0f;
         volatile float t;
         for (int d = 0; d < c.dim; ++d) {
-            volatile float sum = 0.0f;
+            volatile float sum = 0.0f, part = 0.0f;
             for (int64_t slot = begin; slot < end; ++slot) {
-                t = get(c.cache, (values ? w.value : w.key).as<char>(),
-                        w.offset(page, head, slot) + d) *
-                    s;
-                sum = sum + t;
+                part = part + get(c.cache, (values ? w.value : w.key).as<char>(),
+                                  w.offset(page, head, slot) + d);
+                if ((slot + 1) % kUnitKeys != 0 && slot + 1 < end) continue;
+                sum = sum + part;
+                part = 0.0f;
             }
             t = sum / static_cast<float>(end - begin);
+            t = t * s;
             if (!values) t = t - center.as<float>()[head * c.dim + d];
             x[d] = t;
             m = std::max<float>(m, std::fabs(x[d]));

@@ -128,24 +128,32 @@ __device__ __forceinline__ void copy_rows(uint32_t rows_smem, const typename Tra
     }
 }
 
-// x = mean of `count` rows.
+// x = mean of `count` rows, added up by units, times the cache's scale.
 template <class Traits>
 __device__ __forceinline__ void average(float (&x)[Traits::kElems], const char* rows, int count,
                                         float cache_scale) {
     using Chunk = Vec<typename Traits::T, Traits::kElems>;
+    const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int e = 0; e < Traits::kElems; ++e) x[e] = 0.0f;
-    if ((threadIdx.x & 31) >= Traits::kLanes) return;
-#pragma unroll 8
-    for (int row = 0; row < count; ++row) {
-        const Chunk key =
-            reinterpret_cast<const Chunk*>(rows + row * Traits::kRowBytes)[threadIdx.x & 31];
+    if (lane >= Traits::kLanes) return;
+    for (int unit = 0; unit < count; unit += kUnitKeys) {
+        float sum[Traits::kElems] = {};
 #pragma unroll
-        for (int e = 0; e < Traits::kElems; ++e)
-            x[e] = __fadd_rn(x[e], __fmul_rn(cached_float(key.elem[e]), cache_scale));
+        for (int j = 0; j < kUnitKeys; ++j) {
+            if (unit + j >= count) continue;
+            const auto row =
+                reinterpret_cast<const Chunk*>(rows + (unit + j) * Traits::kRowBytes)[lane];
+#pragma unroll
+            for (int e = 0; e < Traits::kElems; ++e)
+                sum[e] = __fadd_rn(sum[e], cached_float(row.elem[e]));
+        }
+#pragma unroll
+        for (int e = 0; e < Traits::kElems; ++e) x[e] = __fadd_rn(x[e], sum[e]);
     }
 #pragma unroll
-    for (int e = 0; e < Traits::kElems; ++e) x[e] = __fdiv_rn(x[e], static_cast<float>(count));
+    for (int e = 0; e < Traits::kElems; ++e)
+        x[e] = __fmul_rn(__fdiv_rn(x[e], static_cast<float>(count)), cache_scale);
 }
 
 template <class Traits>
