@@ -173,6 +173,13 @@ void run_update(const Case& c, int64_t appended, const kernels::LaunchContext& c
                 c.name, same ? "equal" : "DIFFER", errors, ok ? "ok" : "FAILED");
 }
 
+// More sequences than a warp has lanes and more work items than CTAs.
+std::vector<int> many_lengths() {
+    std::vector<int> lengths;
+    for (int b = 0; b < 70; ++b) lengths.push_back(b % 7 == 3 ? 0 : b * 37 % 401);
+    return lengths;
+}
+
 const Case kCases[] = {
     {"bf16 d128 contiguous", kBF16, kBF16, 128, 8, 2, 1, 0, false, {1, 17, 300, 0, 1000}},
     {"bf16 d128 pages of 16 NHD", kBF16, kBF16, 128, 8, 2, 3, 16, true, {2, 700, 33, 129, 5}},
@@ -188,6 +195,7 @@ const Case kCases[] = {
     {"e4m3 d64", kBF16, kF8, 64, 8, 2, 2, 16, false, {1, 500}},
     {"e4m3 d96", kF16, kF8, 96, 8, 2, 6, 32, false, {3, 500}},
     {"e4m3 d256", kBF16, kF8, 256, 8, 2, 2, 16, true, {50, 260}},
+    {"70 sequences", kBF16, kBF16, 64, 16, 8, 2, 16, false, many_lengths()},
     {"softcap and sinks", kBF16, kBF16, 128, 8, 2, 2, 16, false, {1, 200, 900}, 5.0f, true},
     {"negative scale", kF16, kF16, 64, 8, 2, 2, 16, false, {1, 200}, 0.0f, false, false, -1.0f},
     {"hostile",
@@ -211,7 +219,7 @@ int check_all(const kernels::LaunchContext& context) {
     g_failures = 0;
     for (const Case& c : kCases) run_case(c, context);
     for (int64_t appended : {1, 9, 100, 100000})
-        for (int i : {0, 1, 2, 3, 4, 9, 12, 13, 16})
+        for (int i : {0, 1, 2, 3, 4, 9, 12, 13, 14, 17})
             if (!kCases[i].hostile || appended > 100) run_update(kCases[i], appended, context);
     std::printf("%d failures\n", g_failures);
     return g_failures;
