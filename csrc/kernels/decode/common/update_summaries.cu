@@ -34,19 +34,21 @@ struct SummaryTraits {
 
 // Pools of a page, and which of a sequence's an update touches.
 struct Pools {
+    int page_size;
     int keys;      // of a pool, at most
     int per_page;  // the last may be shorter
 
-    CONDENSATE_HOST_DEVICE explicit Pools(const KvCache& cache)
-        : keys(pool_keys(cache.page_size, cache.block_table != nullptr)),
+    explicit Pools(const KvCache& cache)
+        : page_size(static_cast<int>(min_i64(cache.page_size, INT32_MAX))),
+          keys(pool_keys(cache.page_size, cache.block_table != nullptr)),
           per_page(static_cast<int>(ceil_div(cache.page_size, keys))) {}
 
-    __device__ int64_t of_key(int64_t key, int64_t page_size) const {
-        return key / page_size * per_page + key % page_size / keys;
+    __device__ int of_key(uint32_t key) const {
+        const uint32_t column = key / page_size, slot = key - column * page_size;
+        return static_cast<int>(column * per_page + slot / keys);
     }
     // At most, of a sequence.
     int64_t touched(const UpdateSummariesParams& params) const {
-        const int64_t page_size = params.cache.page_size;
         const int64_t short_pools = page_size % keys ? params.appended / page_size + 1 : 0;
         return min_i64(ceil_div(params.appended, keys) + 1 + short_pools,
                        params.cache.max_pages * per_page);
@@ -62,24 +64,24 @@ struct PoolWork {
     bool values;
     bool exists = false;
 
-    __device__ PoolWork(const UpdateSummariesParams& params, int64_t place, uint32_t* error_word) {
+    // The pool at `place`, counted from the first touched one.
+    __device__ PoolWork(const UpdateSummariesParams& params, const Pools& pools, int place,
+                        uint32_t* error_word) {
         const KvCache& cache = params.cache;
-        const Pools pools(cache);
-        const int64_t capacity = cache.capacity(), length = cache.lengths[blockIdx.z];
-        const int64_t keys = max_i64(min_i64(length, capacity), 0);
+        const int length = __ldg(cache.lengths + blockIdx.z);
+        const int keys = static_cast<int>(max_i64(min_i64(length, cache.capacity()), 0));
         if (keys != length && (threadIdx.x & 31) == 0) atomicOr(error_word, kErrorCacheLength);
-        const int64_t first_key = max_i64(keys - params.appended, 0);
+        const int first_key = static_cast<int>(max_i64(keys - params.appended, 0));
         if (first_key >= keys) return;
-        const int64_t index = pools.of_key(first_key, cache.page_size) + place;
-        if (index > pools.of_key(keys - 1, cache.page_size)) return;
-        const int64_t column = index / pools.per_page, page_begin = column * cache.page_size;
-        pool = static_cast<int>(index % pools.per_page);
+        const int index = pools.of_key(first_key) + place;
+        if (index > pools.of_key(keys - 1)) return;
+        const int column = index / pools.per_page, page_begin = column * pools.page_size;
+        pool = index - column * pools.per_page;
         begin = pool * pools.keys;
-        end = static_cast<int>(
-            min_i64(min_i64(begin + pools.keys, cache.page_size), keys - page_begin));
-        first_touched = static_cast<int>(max_i64(first_key - page_begin, begin));
+        end = min(min(begin + pools.keys, pools.page_size), keys - page_begin);
+        first_touched = max(first_key - page_begin, begin);
         values = blockIdx.y >= params.kv_heads;
-        page = cache.block_table ? cache.block_table[blockIdx.z * cache.max_pages + column]
+        page = cache.block_table ? __ldg(cache.block_table + blockIdx.z * cache.max_pages + column)
                                  : int64_t{blockIdx.z};
         exists = page >= 0 && page < cache.num_pages;
         if (!exists && (threadIdx.x & 31) == 0) atomicOr(error_word, kErrorBlockTable);
@@ -159,11 +161,12 @@ __device__ __forceinline__ void average(float (&x)[Traits::kElems], const char* 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads)
     update_summaries_kernel(const __grid_constant__ UpdateSummariesParams params,
-                            uint32_t* error_word) {
+                            const __grid_constant__ Pools pools, uint32_t* error_word) {
     using T = typename Traits::T;
     extern __shared__ __align__(128) char smem_bytes[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-    const PoolWork work(params, int64_t{blockIdx.x} * Traits::kWarps + warp, error_word);
+    const PoolWork work(params, pools, static_cast<int>(blockIdx.x) * Traits::kWarps + warp,
+                        error_word);
     if (!work.exists) return;
     const KvCache& cache = params.cache;
     const KvSummaries& summaries = params.summaries;
@@ -215,10 +218,11 @@ __global__ void __launch_bounds__(Traits::kThreads)
 template <class T, int kDim>
 Status launch_update(const UpdateSummariesParams& params, const LaunchContext& context) {
     using Traits = SummaryTraits<T, kDim>;
-    const Grid grid = {ceil_div(Pools(params.cache).touched(params), Traits::kWarps),
-                       2 * params.kv_heads, params.batch};
+    const Pools pools(params.cache);
+    const Grid grid = {ceil_div(pools.touched(params), Traits::kWarps), 2 * params.kv_heads,
+                       params.batch};
     return launch(update_summaries_kernel<Traits>, "update_summaries", grid, Traits::kThreads,
-                  Traits::kWarps * Traits::kWarpBytes, context, params, context.error_word);
+                  Traits::kWarps * Traits::kWarpBytes, context, params, pools, context.error_word);
 }
 
 template <class T>
