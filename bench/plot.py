@@ -1,4 +1,7 @@
-"""Draws time and speed-up against length: `python -m bench.plot [prefill.json] [out.png]`."""
+"""Draws results: `python -m bench.plot [prefill.json] [out.png]`.
+
+Of prefill time and speed-up against length, of decode.json a step's time beside its peers'.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +86,44 @@ def draw(records: list[Record], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+DECODE_SERIES = {
+    "total_ms": "condensate, a step",
+    "peer_ms": "torch's best dense",
+    "flashinfer_paged": "FlashInfer, dense",
+    "flashinfer_selected_pages": "FlashInfer, given pages",
+}
+BAR = 0.2  # of the distance between cases
+
+
+def draw_decode(records: list[Record], path: Path) -> None:
+    """Bars of microseconds a case, and the speed-up over the best dense kernel above ours."""
+    figure, axes = plt.subplots(figsize=(2 + 0.9 * len(records), 4.6), layout="constrained")
+    for place, (series, label) in enumerate(DECODE_SERIES.items()):
+        points = [
+            (at + BAR * (place - 1.5), 1000 * t)
+            for at, r in enumerate(records)
+            if (t := value(r, series)) is not None
+        ]
+        if points:
+            x, height = zip(*points, strict=True)
+            axes.bar(x, height, BAR, label=label, color=f"C{place}")
+    for at, r in enumerate(records):
+        above = (at - 1.5 * BAR, 1000 * r["total_ms"])
+        axes.annotate(f"{r['speedup']:.1f}x", above, ha="center", va="bottom", fontsize=8)
+    axes.set(yscale="log", ylabel="us a step", title="decoding, one layer")
+    names = [r["case"].replace("_", " ") for r in records]
+    axes.set_xticks(range(len(records)), names, rotation=30, ha="right", fontsize=8)
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def main(arguments: list[str]) -> int:
     source = Path(arguments[0]) if arguments else results_folder() / "prefill.json"
     target = Path(arguments[1]) if len(arguments) > 1 else source.with_suffix(".png")
-    draw(json.loads(source.read_text(encoding="utf-8"))["records"], target)
+    records = json.loads(source.read_text(encoding="utf-8"))["records"]
+    is_decode = bool(records) and "batch" in records[0]
+    (draw_decode if is_decode else draw)(records, target)
     print(target)
     return 0
 

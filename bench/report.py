@@ -15,12 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = Path(__file__).with_name("prefill.schema.json")
 RESULTS = ROOT / "bench" / "results"  # a folder a card
 Record = dict[str, Any]
 CASE_COLUMNS = (
     "case", "keys/query", "total ms", "select ms", "attend ms", "best dense ms",
     "speed-up", "Flex, same lists ms", "TFLOP/s", "% of floor", "memory % of KV",
+)  # fmt: skip
+DECODE_COLUMNS = (
+    "case", "step us", "update us", "select us", "attend us", "best dense us", "speed-up",
+    "FlashInfer us", "MB", "GB/s", "% of copy",
 )  # fmt: skip
 
 
@@ -58,17 +61,18 @@ def environment() -> Record:
     }
 
 
-def validate(document: Record) -> None:
-    """Raises when a document does not match the schema; does nothing without jsonschema."""
+def validate(document: Record, suite: str = "prefill") -> None:
+    """Raises when a document does not match its suite's schema; does nothing without jsonschema."""
     if importlib.util.find_spec("jsonschema") is None:
         return
     import jsonschema
 
-    jsonschema.validate(document, json.loads(SCHEMA.read_text(encoding="utf-8")))
+    schema = Path(__file__).with_name(f"{suite}.schema.json")
+    jsonschema.validate(document, json.loads(schema.read_text(encoding="utf-8")))
 
 
-def save(document: Record, path: Path) -> None:
-    validate(document)
+def save(document: Record, path: Path, suite: str = "prefill") -> None:
+    validate(document, suite)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -106,14 +110,46 @@ def stage_table(records: list[Record]) -> Table:
     return table
 
 
-def show(document: Record) -> None:
+def microseconds(value: float | None) -> str:
+    return "-" if value is None else f"{1000 * value:.1f}"
+
+
+def decode_table(records: list[Record]) -> Table:
+    """One row a case: a step against torch's best dense kernel of the same run."""
+    table = Table(title="a decoding step: update and selection included, against dense attention")
+    for column in DECODE_COLUMNS:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for r in records:
+        theirs = [t for name, t in r["peers"].items() if name.startswith("flashinfer")]
+        table.add_row(
+            r["case"], microseconds(r["total_ms"]), microseconds(r["update_ms"]),
+            microseconds(r["select_ms"]), microseconds(r["attend_ms"]),
+            f"{microseconds(r['peer_ms'])} ({r['peer']})", f"{r['speedup']:.1f}x",
+            microseconds(theirs[0] if theirs else None), f"{r['bytes'] / 1e6:.1f}",
+            f"{r['gb_s']:.0f}", f"{r['percent_of_copy_bandwidth']:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def show_decode(document: Record) -> None:
     console = Console(width=170)
-    console.print(case_table(document["records"]))
-    console.print(stage_table(document["records"]))
+    console.print(decode_table(document["records"]))
+    console.print(summary_line(document))
+
+
+def summary_line(document: Record) -> str:
+    """The card, its ceilings, and what was not measured."""
     missing = document["skipped"] + [f for r in document["records"] for f in r["peers_failed"]]
     ceilings = document["ceilings"]
-    console.print(
+    return (
         f"{document['environment']['gpu']}: copy {ceilings['copy_tb_s']:.2f} TB/s, bf16 matmul "
         f"{ceilings['matmul_tflop_s']:.0f} TFLOP/s in this run; not measured: "
         f"{', '.join(missing) or 'nothing'}"
     )
+
+
+def show(document: Record) -> None:
+    console = Console(width=170)
+    console.print(case_table(document["records"]))
+    console.print(stage_table(document["records"]))
+    console.print(summary_line(document))

@@ -1,5 +1,6 @@
-# gpu_check: every stage once, for compute-sanitizer. condensate_bench: Google Benchmark over the
-# stages. Both link the torch-free library alone.
+# gpu_check: every stage once, for compute-sanitizer. decode_check: the kernels of decoding against
+# the host, and their times. condensate_bench: Google Benchmark over the stages. All link the
+# torch-free library alone.
 
 set(bench_cpp "${CMAKE_CURRENT_SOURCE_DIR}/bench/cpp")
 add_library(condensate_stage_data STATIC "${bench_cpp}/stage_data.cc")
@@ -11,6 +12,14 @@ target_link_libraries(condensate_stage_data PUBLIC
 
 add_executable(gpu_check "${bench_cpp}/gpu_check/gpu_check.cc")
 target_link_libraries(gpu_check PRIVATE condensate_stage_data)
+
+if(CONDENSATE_WITH_CUDA)
+  file(GLOB decode_check_sources CONFIGURE_DEPENDS "${bench_cpp}/decode_check/*.cu")
+  add_executable(decode_check ${decode_check_sources})
+  set_target_properties(decode_check PROPERTIES CUDA_ARCHITECTURES "${CONDENSATE_PORTABLE_ARCHS}")
+  target_link_libraries(decode_check PRIVATE
+    condensate_options condensate_cuda_options condensate_core CUDA::cudart_static)
+endif()
 
 find_package(benchmark QUIET)
 if(benchmark_FOUND)

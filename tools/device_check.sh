@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, for a machine with CUDA, torch and the build tools installed and no
 # network: builds for this GPU, then the sections named as arguments (default: all of them).
-#   tools/device_check.sh [test] [bench] [quick] [fidelity] [stages] [sanitize] [demo] [scorecard]
+#   tools/device_check.sh [test] [bench] [decode] [quick] [fidelity] [stages] [sanitize] [demo] [scorecard]
 # The scorecard goes on where its last run ended (build/scorecard), and is no default.
 # Fidelity takes its model and text from $MODEL and $TEXT.
 # Logs and results go to $OUT (default build/device); a failed section does not stop the others.
@@ -73,13 +73,16 @@ for name in $sections; do
         bench) section bench 240 "$python" -m bench.prefill --budget-seconds 150 \
             --output "$out/prefill.json" &&
             section bench 60 "$python" -m bench.plot "$out/prefill.json" "$out/prefill.png" ;;
+        decode) section decode 240 "$python" -m bench.decode --budget-seconds 150 \
+            --output "$out/decode.json" &&
+            section decode-plot 60 "$python" -m bench.plot "$out/decode.json" "$out/decode.png" ;;
         fidelity) section fidelity 300 bash -c fidelity ;;
         stages) section stages 120 bash -c stages ;;
         sanitize) section sanitize 450 bash -c sanitize ;;
         scorecard) section scorecard 560 "$python" -m tools.scorecard --device cuda --size full \
             --seconds "${SECONDS_OF_SCORECARD:-420}" --docs "$out" ;;
         demo) section demo 120 env -C "$out" "$python" -m condensate_ext demo ;;
-        *) echo "unknown section '$name'; use test, bench, quick, fidelity, stages, sanitize, scorecard or demo" && exit 2 ;;
+        *) echo "unknown section '$name'; use test, bench, decode, quick, fidelity, stages, sanitize, scorecard or demo" && exit 2 ;;
     esac
 done
 echo "device check: ${#failed[@]} sections failed ${failed[*]:-}"

@@ -41,6 +41,7 @@ Status Launch::prepare() {
 #if defined(CONDENSATE_WITH_CUDA)
     cuda.stream = static_cast<cudaStream_t>(executor.stream);
     cuda.sm_count = context_.facts.sm_count;
+    cuda.sm_major = context_.facts.sm_major;
     cuda.max_smem_per_block_bytes = context_.facts.max_smem_per_block_bytes;
     return cuda_error_word(&cuda.error_word);
 #else

@@ -92,6 +92,10 @@ const char* stage_name(Stage stage) {
             return "far_pools";
         case Stage::kOmittedFromLse:
             return "omitted_from_lse";
+        case Stage::kDecode:
+            return "attention_with_kvcache";
+        case Stage::kUpdateSummaries:
+            return "update_kv_summaries";
     }
     return "unknown";
 }

@@ -17,6 +17,8 @@ struct Grid {
     int64_t z = 1;
     int cluster = 1;           // CTAs of a cluster along x
     bool cooperative = false;  // all CTAs are resident at once, or the launch fails
+    // May start while the kernel before it runs, and waits for it (ptx/grid.h); from sm_90 on.
+    bool overlaps = false;
 };
 
 inline Status cuda_status(cudaError_t error, const char* kernel_name) {
@@ -77,7 +79,7 @@ Status launch(void (*kernel)(KernelArgs...), const char* name, Grid grid, int th
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(smem_bytes);
     config.stream = context.stream;
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     config.attrs = attributes;
     if (grid.cluster > 1) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
@@ -87,6 +89,11 @@ Status launch(void (*kernel)(KernelArgs...), const char* name, Grid grid, int th
     if (grid.cooperative) {
         attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
         attributes[config.numAttrs].val.cooperative = 1;
+        ++config.numAttrs;
+    }
+    if (grid.overlaps && context.sm_major >= 9) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         ++config.numAttrs;
     }
     cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);

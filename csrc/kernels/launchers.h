@@ -37,8 +37,9 @@ Status attention_simt(const AttentionParams& params, const LaunchContext& contex
 Status omitted_mass_sm80(const OmittedMassParams& params, const LaunchContext& context);
 Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& context);
 
-int64_t decode_workspace_bytes(const DecodeParams& params, const LaunchContext& context);
-Status decode_attention(const DecodeParams& params, const LaunchContext& context);
+// Decoding over a cache: mma.sync, float16 and bfloat16 queries, caches of their type or e4m3.
 Status update_summaries(const UpdateSummariesParams& params, const LaunchContext& context);
+int64_t decode_workspace_bytes(const DecodeParams& params);
+Status decode_attention(const DecodeParams& params, const LaunchContext& context);
 
 }  // namespace condensate::kernels

@@ -62,6 +62,17 @@ CONDENSATE_HOST_DEVICE int64_t record_rows(int64_t page_size, bool paged) {
 
 // cache -> summaries of everything that the last `appended` keys of each sequence touch: whole
 // units and pools, an unfinished one over the keys it has.
+//
+// Every operation is one float32 operation rounded to nearest even, none fused, in this order, so
+// that all paths write the same bits:
+//     part = 0;  for each key of a unit, ascending:  part = part + element
+//     sum = 0;  for each unit of the row, ascending:  sum = sum + its part
+//     x = sum / keys of the row;  of an 8-bit cache:  x = x * scale of the cache's head
+//     of units where there is a center:  x = x - center
+//     m = max |x| over the channels;  inverse = 127 / m
+//     entry = rint(x * inverse);  scale of the row = m / 127
+// An x that is not finite: entries 0 and scale NaN. Else an inverse that is not (m = 0, or so small
+// that 127 / m overflows): entries 0 and scale 0.
 struct UpdateSummariesParams {
     int64_t batch = 0;
     int64_t kv_heads = 0;

@@ -28,6 +28,8 @@ enum class Stage : int32_t {
     kMergeStates = 5,
     kFarPools = 6,
     kOmittedFromLse = 7,
+    kDecode = 8,
+    kUpdateSummaries = 9,
 };
 const char* stage_name(Stage stage);
 

@@ -1,6 +1,7 @@
 // Sizes, workspace and launches of a step that selects, or attends given tokens.
 #pragma once
 
+#include "kernels/decode/kernels.h"
 #include "kernels/decode/selected/attend.h"
 #include "kernels/decode/selected/score.h"
 #include "kernels/launch.h"
@@ -62,24 +63,20 @@ Status run_kernels(const DecodeParams& p, const LaunchContext& context) {
         if (status.ok()) status = make_shortlists(p, sizes, context);
     }
     if (!status.ok()) return status;
-    status = launch(decode_score_kernel<T, CacheT, kDim, kHeadTiles>, "decode_score",
-                    {sizes.slot_slices(), items}, kScoreThreads, sizeof(ScoreSmem<T, kDim>),
-                    context, p, sizes, workspace, context.error_word);
+    Grid scores{sizes.slot_slices(), items};
+    scores.overlaps = p.mode != DecodeMode::kGivenTokens;
+    status = launch(decode_score_kernel<T, CacheT, kDim, kHeadTiles>, "decode_score", scores,
+                    kScoreThreads, sizeof(ScoreSmem<T, kDim>), context, p, sizes, workspace,
+                    context.error_word);
     if (status.ok()) status = list_rows(p, sizes, context);
     if (!status.ok() || p.mode == DecodeMode::kSelect) return status;
-    return launch(decode_attend_kernel<T, CacheT, kDim, kHeadTiles>, "decode_attend",
-                  {sizes.slices(), items}, kAttendThreads,
+    Grid values{sizes.slices(), items};
+    values.overlaps = true;
+    return launch(decode_attend_kernel<T, CacheT, kDim, kHeadTiles>, "decode_attend", values,
+                  kAttendThreads,
                   aligned(sizeof(AttendSmem)) + int64_t{kAttendWarps / 2} * p.group() * kDim * 4,
                   context, p, sizes, workspace, context.error_word);
 }
-
-inline int64_t selected_workspace_bytes(const DecodeParams& p) {
-    return sizes_of(p).record_bytes * p.batch * p.kv_heads * p.query_len;
-}
-
-// One instantiation a file.
-template <class T, class CacheT>
-Status run_selected(const DecodeParams& p, const LaunchContext& context);
 
 #define CONDENSATE_DECODE_SELECTED(T, CacheT)                                             \
     template <>                                                                           \

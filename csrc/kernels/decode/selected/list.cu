@@ -3,6 +3,7 @@
 #include "kernels/decode/selected/launch.h"
 #include "kernels/decode/selected/select.h"
 #include "kernels/decode/selected/sums.h"
+#include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
 namespace {
@@ -186,6 +187,8 @@ __global__ void __launch_bounds__(kListThreads)
     auto& smem = *reinterpret_cast<ListSmem*>(smem_bytes);
     auto* ranks = reinterpret_cast<float*>(smem_bytes + aligned(sizeof(ListSmem)));
     const SlotArrays arrays{ranks, reinterpret_cast<int32_t*>(ranks + sizes.slots)};
+    ptx::launch_dependent_grids();
+    ptx::wait_for_prior_grids();
     const Item item(params, blockIdx.x, error_word);
     const Record record(workspace, sizes, blockIdx.x);
     const int32_t listed =
@@ -201,9 +204,15 @@ __global__ void __launch_bounds__(kListThreads)
 }  // namespace
 
 Status list_rows(const DecodeParams& p, const Sizes& sizes, const LaunchContext& context) {
-    return launch(decode_list_kernel, "decode_list", {p.batch * p.kv_heads * p.query_len},
-                  kListThreads, aligned(sizeof(ListSmem)) + sizes.slots * int64_t{8}, context, p,
-                  sizes, static_cast<uint8_t*>(p.workspace), context.error_word);
+    Grid grid{p.batch * p.kv_heads * p.query_len};
+    grid.overlaps = true;
+    return launch(decode_list_kernel, "decode_list", grid, kListThreads,
+                  aligned(sizeof(ListSmem)) + sizes.slots * int64_t{8}, context, p, sizes,
+                  static_cast<uint8_t*>(p.workspace), context.error_word);
+}
+
+int64_t selected_workspace_bytes(const DecodeParams& p) {
+    return sizes_of(p).record_bytes * p.batch * p.kv_heads * p.query_len;
 }
 
 }  // namespace condensate::kernels::decode

@@ -1,0 +1,7 @@
+#include "kernels/decode/dense/by_type.h"
+
+namespace condensate::kernels::decode {
+
+template Status attend_splits<__half>(const DecodeParams&, const Partials&, const LaunchContext&);
+
+}  // namespace condensate::kernels::decode
