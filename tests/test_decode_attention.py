@@ -193,7 +193,8 @@ def test_given_tokens_are_what_selection_attends(device, seed):
     out, lse = ops.token_sparse_attention_with_kvcache(
         *cache.tensors, run["indices"], run["counts"], **cache.attend_args
     )
-    torch.testing.assert_close(out, run["out"], rtol=1e-5, atol=1e-6)
+    step = 4 * oracle.UNIT_ROUNDOFF[out.dtype]
+    torch.testing.assert_close(out, run["out"], rtol=step, atol=step)
     torch.testing.assert_close(lse, run["lse"], rtol=1e-6, atol=1e-6)
 
 

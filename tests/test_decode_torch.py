@@ -230,7 +230,7 @@ def test_empty_batches_and_tables(device, lengths):
     ({"query": lambda c: c.query.int()}, "query has dtype int32, expected float16"),
     ({"query": lambda c: c.query.half()}, "caches"),
     ({"query": lambda c: c.query[..., :32]}, "one head_dim"),
-    ({"query": lambda c: c.query[:, :3]}, "query has 3 heads"),
+    ({"query": lambda c: c.query[:, :3], "sinks": lambda c: None}, "query has 3 heads"),
     ({"query": lambda c: c.query.expand(2, 4, 2, 64)[:, :, :1].expand(2, 4, 17, 64)},
      "query has 17 positions, expected 1 to 16"),
     ({"key": lambda c: c.key[0]}, "key_cache has shape"),
@@ -310,7 +310,9 @@ def test_forced_paths(device, monkeypatch, path):
                 run(cache)
     else:
         cache.update()
+        assert "update_kv_summaries" in str(ops.last_plan())
         check_attention(cache, run_all(cache))
+        assert device == "cuda" or f"path={path} " in str(ops.last_plan())
 
 
 def test_out_has_to_fit(device):

@@ -3,8 +3,8 @@
 #include <string>
 
 #include "condensate/condensate.h"
-#include "torch/scratch.h"
 #include "torch/tensor_args.h"
+#include "torch/workspace.h"
 
 namespace condensate::ops {
 namespace {
@@ -153,7 +153,6 @@ DecodeParams decode_params(const char* op, const Tensor& query, const CacheTenso
     p.cache = view_cache(op, tensors, p.batch);
     check_device(key, q);
     p.kv_heads = tensors.key.size(1);
-    check_group(op, p.query_heads, p.kv_heads);
     if (tensors.key.size(3) != p.head_dim)
         fail(op, "key_cache has shape " + shape_string(tensors.key) + " and query " +
                      shape_string(query) +
@@ -199,10 +198,8 @@ void set_out(Tensor& out, DecodeParams* p) {
 
 void run(const char* op, const Tensor& query, DecodeParams* p) {
     const Executor executor = make_executor(op, query);
-    Scratch scratch;
-    scratch.reserve(decode_workspace_bytes(*p, executor));
-    scratch.allocate(op, query);
-    p->workspace = scratch.pointer<void>(0);
+    const Workspace workspace(op, query, decode_workspace_bytes(*p, executor));
+    p->workspace = workspace.data();
     check_status(condensate::attention_with_kvcache(*p, executor));
 }
 

@@ -56,6 +56,10 @@ class DecodeCase:
     centered: bool = False  # keys share an offset, and the summaries know it
     content: str = "normal"  # or "integers": small ones, many of them equal
 
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and self.dtype == torch.float32:  # there are no such kernels
+            object.__setattr__(self, "dtype", torch.bfloat16)
+
     @property
     def query_heads(self) -> int:
         return self.kv_heads * self.group
