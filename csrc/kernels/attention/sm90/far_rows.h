@@ -26,8 +26,8 @@ class FarRows {
           maps_(maps),
           thread_(static_cast<int>(threadIdx.x) - 32 * (Traits::kConsumerWarps + 1)) {}
 
-    __device__ void tile(const device::TileRows& tile) {
-        const device::FarTile far(maps_.far, params_.problem.ranges(), tile.span());
+    __device__ void tile(const Tile& tile) {
+        const device::FarTile far(maps_.far, tile.ranges(params_.problem), tile.span());
         head_ = tile.flat_kv_head(params_.problem);
         record_walk(tile, far);
         const device::WalkCount walked = smem_.walked;
@@ -54,9 +54,9 @@ class FarRows {
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
-    __device__ void record_walk(const device::TileRows& tile, const device::FarTile& far) {
+    __device__ void record_walk(const Tile& tile, const device::FarTile& far) {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // nobody reads the last tile's any more
-        if (thread_ < 32) smem_.walked = smem_.walk.set_by_warp(params_, tile, far.end);
+        if (thread_ < 32) smem_.walked = smem_.walk.record(params_, tile, far.end);
         ptx::named_barrier_sync(kFarThreads, kThreads);
     }
 

@@ -22,14 +22,12 @@ class Producer {
     __device__ Producer(Smem& smem, const AttentionParams& params, const TensorMaps& maps)
         : smem_(smem), params_(params), maps_(maps) {}
 
-    __device__ void tile(const device::TileRows& tile) {
+    __device__ void tile(const Tile& tile) {
         load_queries(tile);
-        const Ranges ranges = params_.problem.ranges();
-        const TileSpan span = tile.span();
-        const device::FarTile far(maps_.far, ranges, span);
+        const device::FarTile far(maps_.far, tile.ranges(params_.problem), tile.span());
         int64_t condensed = Traits::kFar ? far.all_keys() : 0;  // keys, less the walked ones
-        device::BlockWalk walk = device::tile_walk(params_, tile);
-        device::BlockStep block = walk.next();
+        AttentionWalk walk(params_, tile, {Traits::kFar, false, Traits::kEstimates});
+        AttentionWalk::Step block = walk.next();
         bool last = false;
         while (!last) {  // at least one step, perhaps without blocks
             Step step;
@@ -37,11 +35,10 @@ class Producer {
 #pragma unroll
             for (int j = 0; j < Traits::kStepBlocks; ++j) {
                 bool exists = block.block != INT_MAX;
-                step.block[j] = exists ? block.block : static_cast<int>(num_blocks(ranges.kv_len));
-                step.listed[j] = block.listed || Traits::kFar;  // then blocks are attended whole
-                step.full[j] = exists && block_cover(ranges, span, block.block, step.listed[j]) ==
-                                             BlockCover::kFull;
-                if (Traits::kEstimates && step.full[j] && block.sampled) step.sampled |= 1 << j;
+                step.block[j] = exists ? block.block : static_cast<int>(num_blocks(tile.kv_len));
+                step.whole[j] = block.whole;
+                step.full[j] = block.full;
+                if (Traits::kEstimates && block.sampled) step.sampled |= 1 << j;
                 if (Traits::kFar && block.block < far.end) condensed -= far.block_keys(block.block);
                 if (exists) block = walk.next();
             }
@@ -54,13 +51,13 @@ class Producer {
             load_step(tile, step);
         }
         if (condensed > 0) load_pools(tile, far.pools());
-        errors |= walk.errors;
+        errors |= walk.errors();
     }
 
     uint32_t errors = 0;
 
   private:
-    __device__ void load_queries(const device::TileRows& tile) {
+    __device__ void load_queries(const Tile& tile) {
         ptx::mbarrier_wait(ptx::smem_address(&smem_.q_empty), q_parity_ ^ 1);
         q_parity_ ^= 1;
         const int boxes = tile.group / maps_.box_heads;
@@ -77,7 +74,7 @@ class Producer {
     }
 
     // Premade means of the tile's pools.
-    __device__ void load_pools(const device::TileRows& tile, int pools) {
+    __device__ void load_pools(const Tile& tile, int pools) {
         for (int first = 0; first < pools; first += Traits::kStepKeys) {
             Step step = {};
             step.block[0] = first;
@@ -87,7 +84,7 @@ class Producer {
         }
     }
 
-    __device__ void load_step(const device::TileRows& tile, const Step& step) {
+    __device__ void load_step(const Tile& tile, const Step& step) {
         int s = k_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
@@ -111,8 +108,8 @@ class Producer {
     }
 
     // Keys (`which` 0) or values of a step's blocks, or of its pools.
-    __device__ void load_rows(const device::TileRows& tile, const Step& step, int which,
-                              uint32_t dst_smem, uint32_t barrier) {
+    __device__ void load_rows(const Tile& tile, const Step& step, int which, uint32_t dst_smem,
+                              uint32_t barrier) {
         ptx::mbarrier_arrive_expect(barrier, Traits::kStageBytes);
         if (Traits::kFar && step.far)
             load_means(tile, step.block[0], which, dst_smem, barrier);
@@ -121,8 +118,8 @@ class Producer {
     }
 
     // Pools that do not exist lie behind the last one: they become zeros.
-    __device__ void load_means(const device::TileRows& tile, int first, int which,
-                               uint32_t dst_smem, uint32_t barrier) {
+    __device__ void load_means(const Tile& tile, int first, int which, uint32_t dst_smem,
+                               uint32_t barrier) {
         const int head = tile.flat_kv_head(params_.problem);
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel)
@@ -134,7 +131,7 @@ class Producer {
     }
 
     // Blocks that do not exist lie behind the last key: they become zeros.
-    __device__ void load_blocks(const device::TileRows& tile, const Step& step, const void* map,
+    __device__ void load_blocks(const Tile& tile, const Step& step, const void* map,
                                 uint32_t dst_smem, uint32_t barrier) {
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel)

@@ -10,11 +10,11 @@ namespace condensate::kernels::sm90 {
 // The keys of one pipeline step, as the producer hands them to the consumers.
 template <int kStepBlocks>
 struct Step {
-    int block[kStepBlocks];     // past the last block of all keys where there is none
-                                // of a far step, the first pool
-    uint8_t full[kStepBlocks];  // every row attends every key
-    uint8_t listed[kStepBlocks];
-    bool last;  // of the tile
+    int block[kStepBlocks];      // past the last block of all keys where there is none
+                                 // of a far step, the first pool
+    uint8_t full[kStepBlocks];   // every row attends every key
+    uint8_t whole[kStepBlocks];  // every row attends every key that it sees
+    bool last;                   // of the tile
     // Set with the far field only:
     bool far;         // pooled rows instead of blocks
     bool far_next;    // are the next step's?

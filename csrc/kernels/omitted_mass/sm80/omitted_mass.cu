@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     fill_row_table(smem.rows, cta, problem, [&](int64_t slot) {
         if (params.rows == nullptr) return slot;
         int64_t query = params.rows[slot];
-        return query >= 0 && query < problem.query_len ? query : int64_t{-1};
+        return query >= 0 && query < cta.query_len ? query : int64_t{-1};
     });
     SweepQueries<kDim> queries;
     load_sweep_queries<T, kDim>(queries, stages_smem, smem.rows, cta, params.query,
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
     int row = static_cast<int>(threadIdx.x);
     if (row >= kSweepRows || !cta.exists(row)) return;
-    int64_t head = cta.batch * problem.query_heads + cta.head(row);
     int64_t query = smem.rows.query[row];
     float omitted = NAN;
     if (query >= 0) {
-        omitted = omitted_from_lse(params.lse[head * problem.query_len + query], lse_full);
+        omitted = omitted_from_lse(params.lse[cta.flat_row(problem, row, query)], lse_full);
     } else {
         atomicOr(error_word, kErrorRowIndex);
     }
+    int64_t head = cta.batch * problem.query_heads + cta.head(row);
     params.omitted[head * params.num_rows + cta.slot(row)] = omitted;
 }
 
