@@ -26,15 +26,16 @@ __device__ __forceinline__ void load_far_means(typename Traits::Smem& smem,
     const Problem& p = params.problem;
     const int head = tile.flat_kv_head(p);
     const int head_dim = static_cast<int>(p.head_dim);
-    auto means = [&](int which) {
-        const T* rows = static_cast<const T*>(params.far_field.means);
-        return KvView{rows + device::far_pools_offset(p, far, which, head), p.head_dim};
-    };
     for (int stage = 0; stage < Traits::kStages; ++stage, first += Traits::kStepKeys) {
-        device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.k[stage]), means(0), first, far.pools() - first, head_dim);
-        device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.v[stage]), means(1), first, far.pools() - first, head_dim);
+        auto copy = [&](int which, T* rows_smem) {
+            const T* rows = static_cast<const T*>(params.far_field.means) +
+                            device::far_pools_offset(p, far, which, head) + first * p.head_dim;
+            device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+                ptx::smem_address(rows_smem), KvView{rows, p.head_dim}, 0, far.pools() - first,
+                head_dim);
+        };
+        copy(0, smem.k[stage]);
+        copy(1, smem.v[stage]);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();

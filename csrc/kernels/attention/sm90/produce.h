@@ -25,7 +25,7 @@ class Producer {
     __device__ void tile(const Tile& tile) {
         load_queries(tile);
         const device::FarTile far(maps_.far, tile.ranges(params_.problem), tile.span());
-        int64_t condensed = Traits::kFar ? far.all_keys() : 0;  // keys, less the walked ones
+        int condensed = Traits::kFar ? far.end : 0;  // blocks that are not walked
         AttentionWalk walk(params_, tile, {Traits::kFar, false, Traits::kEstimates});
         AttentionWalk::Step block = walk.next();
         bool last = false;
@@ -39,7 +39,7 @@ class Producer {
                 step.whole[j] = block.whole;
                 step.full[j] = block.full;
                 if (Traits::kEstimates && block.sampled) step.sampled |= 1 << j;
-                if (Traits::kFar && block.block < far.end) condensed -= far.block_keys(block.block);
+                if (Traits::kFar && block.block < far.end) --condensed;
                 if (exists) block = walk.next();
             }
             last = block.block == INT_MAX;
@@ -88,23 +88,28 @@ class Producer {
         int s = k_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
-        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), loaded(step, 0, &smem_.k_full[s]));
+        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), loaded(step, 0, s));
         k_ring_.advance();
 
         s = v_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), v_ring_.parity ^ 1);
-        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), loaded(step, 1, &smem_.v_full[s]));
+        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), loaded(step, 1, s));
         v_ring_.advance();
     }
 
-    // Who hears that a step's rows are there: pooled rows are not what they should be yet.
-    __device__ uint32_t loaded(const Step& step, int which, uint64_t* full) {
+    // What a step's rows arrive at: those of a far step are not what they should be yet. Whoever
+    // waits for them there learns the stage.
+    __device__ uint32_t loaded(const Step& step, int which, int stage) {
         if constexpr (Traits::kFar) {
             const int far_step = step.block[0] / Traits::kStepKeys;
-            if (step.far)
-                full = which == 0 ? &smem_.far_loaded_k[far_step] : &smem_.far_loaded_v[far_step];
+            if (step.far) {
+                (which == 0 ? smem_.far_stage_k : smem_.far_stage_v)[far_step] =
+                    static_cast<uint8_t>(stage);
+                return ptx::smem_address(which == 0 ? &smem_.far_loaded_k[far_step]
+                                                    : &smem_.far_loaded_v[far_step]);
+            }
         }
-        return ptx::smem_address(full);
+        return ptx::smem_address(which == 0 ? &smem_.k_full[stage] : &smem_.v_full[stage]);
     }
 
     // Keys (`which` 0) or values of a step's blocks, or of its pools.
