@@ -253,8 +253,8 @@ __device__ __forceinline__ void attend_pools(RowState<kDim> (&states)[kWarpRows]
 // 256 channels take more registers than two CTAs leave each other.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ int parts, uint32_t* error_word) {
+    attention_simt_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ int parts, uint32_t* error_word) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<AttentionSmem<kDim>*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -296,7 +296,7 @@ Status launch_attention(const AttentionParams& params, const LaunchContext& cont
     int tile_rows = tile_positions(p.group()) * p.group();
     int parts = static_cast<int>(ceil_div(tile_rows, kCtaRows));
     Grid grid = {p.batch * p.kv_heads * num_tiles(p.query_len, p.group()) * parts};
-    return launch(attention_kernel<T, kDim>, "attention_simt", grid, kThreads,
+    return launch(attention_simt_kernel<T, kDim>, "attention_simt", grid, kThreads,
                   sizeof(AttentionSmem<kDim>), context, params, parts, context.error_word);
 }
 

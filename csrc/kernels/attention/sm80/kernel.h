@@ -172,8 +172,8 @@ __device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
 // `parts` CTAs share a tile's rows.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ int parts, uint32_t* error_word) {
+    attention_sm80_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ int parts, uint32_t* error_word) {
     using T = typename Traits::T;
     extern __shared__ __align__(128) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);

@@ -35,9 +35,9 @@ __device__ void init_barriers(typename Traits::Smem& smem) {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ TensorMaps maps,
-                     const __grid_constant__ Schedule schedule, uint32_t* error_word) {
+    attention_sm90_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ TensorMaps maps,
+                          const __grid_constant__ Schedule schedule, uint32_t* error_word) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     if (threadIdx.x == 0) init_barriers<Traits>(smem);

@@ -335,8 +335,8 @@ struct TileSelection {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    block_select_kernel(const __grid_constant__ BlockSelectParams params,
-                        const __grid_constant__ int64_t num_scan_tiles) {
+    block_select_simt_kernel(const __grid_constant__ BlockSelectParams params,
+                             const __grid_constant__ int64_t num_scan_tiles) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<SelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -380,9 +380,9 @@ int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int s
 
 Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context) {
     return with_element_type(params.problem.dtype, [&](auto tag) {
-        return launch(simt::block_select_kernel<typename decltype(tag)::type>, "block_select_simt",
-                      {simt::select_ctas(params, context.sm_count)}, simt::kThreads,
-                      simt::select_smem_bytes(params), context, params,
+        return launch(simt::block_select_simt_kernel<typename decltype(tag)::type>,
+                      "block_select_simt", {simt::select_ctas(params, context.sm_count)},
+                      simt::kThreads, simt::select_smem_bytes(params), context, params,
                       simt::all_scan_tiles(params));
     });
 }

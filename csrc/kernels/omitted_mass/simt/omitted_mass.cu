@@ -10,7 +10,8 @@ namespace {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    omitted_mass_kernel(const __grid_constant__ OmittedMassParams params, uint32_t* error_word) {
+    omitted_mass_simt_kernel(const __grid_constant__ OmittedMassParams params,
+                             uint32_t* error_word) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<SweepSmem*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -58,7 +59,8 @@ Status omitted_mass_simt(const OmittedMassParams& params, const LaunchContext& c
     Status status = check_key_count("omitted_mass_simt", params.problem);
     if (!status.ok()) return status;
     return with_element_type(params.problem.dtype, [&](auto tag) {
-        return launch(simt::omitted_mass_kernel<typename decltype(tag)::type>, "omitted_mass_simt",
+        return launch(simt::omitted_mass_simt_kernel<typename decltype(tag)::type>,
+                      "omitted_mass_simt",
                       {row_groups<simt::kCtaRows>(params.problem, params.num_rows)}, simt::kThreads,
                       sizeof(simt::SweepSmem), context, params, context.error_word);
     });

@@ -17,7 +17,7 @@ struct alignas(128) OmittedMassSmem {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    omitted_mass_kernel(OmittedMassParams params, uint32_t* error_word) {
+    omitted_mass_sm80_kernel(OmittedMassParams params, uint32_t* error_word) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<OmittedMassSmem<kDim>*>(smem_bytes);
     uint32_t stages_smem = ptx::smem_address(smem.stages);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
 template <class T, int kDim>
 Status launch_omitted_mass(const OmittedMassParams& params, const LaunchContext& context) {
-    return launch(omitted_mass_kernel<T, kDim>, "omitted_mass_sm80",
+    return launch(omitted_mass_sm80_kernel<T, kDim>, "omitted_mass_sm80",
                   {row_groups<kSweepRows>(params.problem, params.num_rows)}, kSweepThreads,
                   sizeof(OmittedMassSmem<kDim>), context, params, context.error_word);
 }

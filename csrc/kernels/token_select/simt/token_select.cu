@@ -100,7 +100,7 @@ __device__ void find_ties(TokenSelectSmem& smem, const TokenSelectParams& params
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    token_select_kernel(const __grid_constant__ TokenSelectParams params) {
+    token_select_simt_kernel(const __grid_constant__ TokenSelectParams params) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<TokenSelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -154,7 +154,8 @@ Status token_select_simt(const TokenSelectParams& params, const LaunchContext& c
     TokenSelectParams bounded = params;
     bounded.problem = bound_window(params.problem);
     return with_element_type(params.problem.dtype, [&](auto tag) {
-        return launch(simt::token_select_kernel<typename decltype(tag)::type>, "token_select_simt",
+        return launch(simt::token_select_simt_kernel<typename decltype(tag)::type>,
+                      "token_select_simt",
                       {row_groups<simt::kCtaRows>(params.problem, params.problem.query_len)},
                       simt::kThreads, sizeof(simt::TokenSelectSmem), context, bounded);
     });

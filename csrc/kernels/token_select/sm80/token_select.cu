@@ -265,7 +265,7 @@ __device__ __forceinline__ int32_t find_ties(TokenSelectThread<T, kDim>& thread,
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    token_select_kernel(const __grid_constant__ TokenSelectParams params) {
+    token_select_sm80_kernel(const __grid_constant__ TokenSelectParams params) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<TokenSelectSmem<kDim>*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -296,7 +296,7 @@ template <class T, int kDim>
 Status launch_token_select(const TokenSelectParams& params, const LaunchContext& context) {
     static_assert(sizeof(TokenSelectSmem<kDim>) <= 99 * 1024,
                   "every sm_80+ device offers 99 KB to a CTA");
-    return launch(token_select_kernel<T, kDim>, "token_select_sm80",
+    return launch(token_select_sm80_kernel<T, kDim>, "token_select_sm80",
                   {row_groups<kSweepRows>(params.problem, params.problem.query_len)}, kSweepThreads,
                   sizeof(TokenSelectSmem<kDim>), context, params);
 }
