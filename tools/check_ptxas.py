@@ -43,8 +43,8 @@ KNOWN_SPILLS = {
     ("sm_80", "attention_simt_kernel", "Li64EEEv"): 20,
     ("sm_90", "attention_simt_kernel", "Li128EEEv"): 20,
     ("sm_90", "attention_simt_kernel", "Li64EEEv"): 20,
-    ("sm_90a", "attention_sm90_kernel", "Li1ELb1E"): 432,
-    ("sm_90a", "attention_sm90_kernel", "Li2ELb1E"): 520,
+    ("sm_90a", "attention_sm90_kernel", "Li1ELb1E"): 520,
+    ("sm_90a", "attention_sm90_kernel", "Li2ELb1E"): 432,
 }
 
 
