@@ -3,8 +3,8 @@
 #include <string>
 
 #include "condensate/condensate.h"
-#include "torch/scratch.h"
 #include "torch/tensor_args.h"
+#include "torch/workspace.h"
 
 namespace condensate::ops {
 namespace {
@@ -199,10 +199,8 @@ void set_out(Tensor& out, DecodeParams* p) {
 
 void run(const char* op, const Tensor& query, DecodeParams* p) {
     const Executor executor = make_executor(op, query);
-    Scratch scratch;
-    scratch.reserve(decode_workspace_bytes(*p, executor));
-    scratch.allocate(op, query);
-    p->workspace = scratch.pointer<void>(0);
+    const Workspace workspace(op, query, decode_workspace_bytes(*p, executor));
+    p->workspace = workspace.data();
     check_status(condensate::attention_with_kvcache(*p, executor));
 }
 
