@@ -318,6 +318,24 @@ def test_a_query_of_nan_omits_nothing(device):
     assert (estimate == 0).nonzero()[:, -1].tolist() == [33]
 
 
+@pytest.mark.parametrize("choice", [0, 1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pools_of_a_small_share_count(device, seed, monkeypatch, choice, dtype):
+    """Far below the last bit of the sum, but for the gap: its keys spread far, the pools do not."""
+    path = path_of(device, choice)
+    monkeypatch.setenv("CONDENSATE_FORCE_PATH", path)
+    case = Case(
+        device, seed, dtype, group=2, query_len=96, kv_len=60 * 64, head_dim=128, topk=9 * 64,
+        scale=1.0, selector="block", far_field=True,
+    )  # fmt: skip
+    if not runs_on(case, path):
+        pytest.skip(f"{path} does not take {dtype}")
+    expected, estimate = _check(case, case.tensors())
+    sure = expected.most - expected.least < 0.1
+    assert sure.double().mean() > 0.9 and expected.share.mean() > 0.05
+    assert (estimate[sure] > 0).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_scores_leave_it_a_share(device, seed, dtype):
     """Of the sampled blocks most are lost beside the largest score."""

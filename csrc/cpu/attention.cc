@@ -4,7 +4,8 @@
 #include <atomic>
 #include <cmath>
 
-#include "cpu/block_walk.h"
+#include "condensate/block_walk.h"
+#include "condensate/omitted_estimate.h"
 #include "cpu/far_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/row_mask.h"
@@ -12,12 +13,7 @@
 namespace condensate::cpu {
 namespace {
 
-// What every row gathers for its estimate of the omitted mass.
-struct RowGaps {
-    double gap[kMaxRows];    // sum over counted blocks of log(sum of exp(score)) - mean score
-    float blocks[kMaxRows];  // counted
-    float kept[kMaxRows];    // the softmax's sum before the pools, relative to its maximum now
-};
+constexpr double kLog2E = 1.44269504088896341;
 
 struct Scratch {
     Scratch(Arena& arena, const Problem& p)
@@ -32,7 +28,7 @@ struct Scratch {
           mask(arena.take<RowMask>(1)),
           state(arena.take<SoftmaxState>(1)),
           line(arena.take<float>(p.head_dim)),
-          gap(arena.take<RowGaps>(1)),
+          omitted(arena.take<OmittedEstimate<double>>(kMaxRows)),
           walked(arena.take<int32_t>(num_blocks(p.kv_len))) {}
 
     QueryRows rows;
@@ -45,42 +41,40 @@ struct Scratch {
     int32_t* tie_index;
     RowMask* mask;
     SoftmaxState* state;
-    float* line;  // one row of the far field's means
-    RowGaps* gap;
-    int32_t* walked;  // the blocks that the tile has walked
+    float* line;                       // one row of the far field's means
+    OmittedEstimate<double>* omitted;  // [row]
+    int32_t* walked;                   // the blocks that the tile has walked
 };
 
 class TileAttention {
   public:
     TileAttention(const AttentionParams& params, const TileOps& ops, int64_t item, Scratch& scratch)
-        : params_(params), p_(params.problem), ops_(ops), s_(scratch) {
-        const int group = p_.group();
-        const int64_t positions = tile_positions(group), tiles = num_tiles(p_.query_len, group);
-        list_ = item;
-        tile_ = item % tiles;
-        kv_head_ = item / tiles % p_.kv_heads;
-        batch_ = item / tiles / p_.kv_heads;
-        span_ = tile_span(tile_, static_cast<int>(positions), p_.query_len, p_.kv_len);
-        const int64_t end = min_i64((tile_ + 1) * positions, p_.query_len);
+        : params_(params),
+          p_(params.problem),
+          ops_(ops),
+          s_(scratch),
+          tile_(p_, item / num_tiles(p_.query_len, p_.group()),
+                item % num_tiles(p_.query_len, p_.group())),
+          keys_(view_of(params.key, p_, tile_.batch, tile_.kv_head)),
+          values_(view_of(params.value, p_, tile_.batch, tile_.kv_head)) {
         s_.rows.clear();
-        for (int64_t h = kv_head_ * group; h < (kv_head_ + 1) * group; ++h)
-            for (int64_t i = tile_ * positions; i < end; ++i) s_.rows.add(p_, h, i);
+        for (int64_t h = tile_.first_head(); h < tile_.end_head(); ++h)
+            for (int64_t i = tile_.first_query; i < tile_.end_query(); ++i)
+                s_.rows.add(tile_, h, i);
     }
 
     // Returns the ErrorBits of this tile's list.
     uint32_t run() {
-        uint32_t errors = 0;
         load_rows();
-        BlockWalk walk = make_walk(&errors);
+        AttentionWalk walk(params_, tile_, {has_far_field(), has_threshold(), wants_estimate()});
         int64_t walked = 0;
-        for (BlockWalk::Step step; walk.next(&step);) {
-            s_.walked[walked++] = static_cast<int32_t>(step.block);
-            visit(step.block, step.listed || has_far_field(), step.sampled && wants_estimate());
+        for (AttentionWalk::Step step = walk.next(); step.block != INT_MAX; step = walk.next()) {
+            s_.walked[walked++] = step.block;
+            visit(step);
         }
-        if (wants_estimate()) std::copy(s_.state->sum, s_.state->sum + kMaxRows, s_.gap->kept);
         if (has_far_field()) visit_far_field({s_.walked, s_.walked + walked});
         store_rows();
-        return errors;
+        return walk.errors();
     }
 
   private:
@@ -88,16 +82,15 @@ class TileAttention {
     bool has_far_field() const { return params_.far_field.key.given(); }
     bool wants_estimate() const { return params_.omitted_mass_estimate != nullptr; }
     int64_t row_index(int row) const {
-        return (batch_ * p_.query_heads + s_.rows.head[row]) * p_.query_len + s_.rows.query[row];
+        return tile_.flat_query(p_, s_.rows.head[row], s_.rows.query[row]);
     }
 
     void load_rows() {
-        s_.rows.load(ops_, p_, params_.query, batch_);
+        s_.rows.load(ops_, p_, params_.query, tile_.batch);
         for (int row = 0; row < kMaxRows; ++row) {
             s_.state->max[row] = -INFINITY;
             s_.state->sum[row] = s_.state->sum_error[row] = 0.0f;
-            s_.gap->gap[row] = 0.0;
-            s_.gap->blocks[row] = 0.0f;
+            s_.omitted[row] = {};
         }
         for (int64_t n = 0; n < s_.rows.panel_count() * kPanelRows * s_.value_ld; ++n)
             s_.out[n] = 0.0f;
@@ -107,39 +100,20 @@ class TileAttention {
         }
     }
 
-    BlockWalk make_walk(uint32_t* errors) const {
-        const Ranges ranges = p_.ranges();
-        const int64_t blocks = num_blocks(p_.kv_len);
-        BlockRange anchors = anchor_blocks(ranges, span_);
-        if (has_threshold())  // any visible key may have been selected
-            anchors = {0, reachable_blocks(ranges, span_)};
-        BlockWalk walk(anchors, window_blocks(ranges, span_));
-        if (params_.block_counts != nullptr)
-            walk.set_list(params_.block_indices + list_ * params_.max_blocks,
-                          params_.block_counts[list_], params_.max_blocks, blocks, errors);
-        return walk;
-    }
-
-    // `whole`: every visible key of the block is attended, also outside a row's window. `sampled`:
-    // its gap counts if all rows see all of it.
-    void visit(int64_t block, bool whole, bool sampled) {
-        const Ranges ranges = p_.ranges();
-        BlockCover cover = block_cover(ranges, span_, block, whole);
-        if (cover == BlockCover::kNone && !has_threshold()) return;
-        const int64_t begin = block * kBlockKeys;
+    void visit(const AttentionWalk::Step& step) {
+        const int64_t begin = int64_t{step.block} * kBlockKeys;
         const int dim = static_cast<int>(p_.head_dim), panels = s_.rows.panel_count();
-        load_tile(ops_, p_, params_.key, batch_, kv_head_, begin, dim, s_.keys);
+        load_tile(ops_, p_, keys_, tile_.kv_len, begin, dim, s_.keys);
         ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
-        if (cover != BlockCover::kFull) {
-            fill_mask(ranges, s_.rows, block, whole, has_threshold() ? s_.threshold : nullptr,
-                      s_.tie_index, s_.mask);
+        if (!step.full) {
+            fill_mask(tile_.ranges(p_), s_.rows, step.block, step.whole,
+                      has_threshold() ? s_.threshold : nullptr, s_.tie_index, s_.mask);
             ops_.mask(*s_.mask, panels, s_.scores);
-        } else if (sampled) {
-            add_gaps(panels);
         }
+        if (step.sampled) add_gaps(panels);
         ops_.softmax(panels, s_.scores, s_.state);
-        accumulate(load_tile(ops_, p_, params_.value, batch_, kv_head_, begin,
-                             static_cast<int>(s_.value_ld), s_.values));
+        accumulate(load_tile(ops_, p_, values_, tile_.kv_len, begin, static_cast<int>(s_.value_ld),
+                             s_.values));
     }
 
     // Adds the Jensen gap of the 64 keys whose scores are at hand to the rows that count it.
@@ -154,14 +128,14 @@ class TileAttention {
             if (!(sum[row] * std::exp(max[row] - largest) >= kGapLeastWeight)) continue;
             double scores = 0.0;
             for (int key = 0; key < kTileKeys; ++key) scores += s_.scores[key * kScoreStride + row];
-            s_.gap->gap[row] += max[row] + std::log(sum[row]) - scores / kTileKeys;
-            s_.gap->blocks[row] += 1.0f;
+            s_.omitted[row].add_block(kLog2E * (max[row] + std::log(sum[row])),
+                                      kLog2E * scores / kTileKeys);
         }
     }
 
     // What the walk left out, kTileKeys pools at a time: every row sees all of their keys.
     void visit_far_field(WalkedBlocks walked) {
-        FarTile far(params_, ops_, batch_ * p_.kv_heads + kv_head_, span_, walked, s_.line);
+        FarTile far(params_, ops_, tile_, walked, s_.line);
         const int dim = static_cast<int>(p_.head_dim), panels = s_.rows.panel_count();
         for (int64_t first = 0; first < far.pools(); first += kTileKeys) {
             int64_t keys[kTileKeys];
@@ -170,9 +144,20 @@ class TileAttention {
             ops_.score(s_.rows.panels, s_.keys, dim, dim, panels, p_.scale, s_.scores);
             count_keys(keys, panels);
             ops_.softmax(panels, s_.scores, s_.state);
-            for (int row = 0; wants_estimate() && row < s_.rows.count; ++row)
-                s_.gap->kept[row] *= s_.state->rescale[row];
+            if (wants_estimate()) add_pools();
             accumulate(all_finite(s_.values, kTileKeys * s_.value_ld));
+        }
+    }
+
+    // Adds the pools' weights at hand to the rows' estimates.
+    void add_pools() {
+        float weights[kMaxRows] = {};
+        for (int n = 0; n < kTileKeys; ++n)
+            for (int row = 0; row < s_.rows.count; ++row)
+                weights[row] += s_.scores[n * kScoreStride + row];
+        for (int row = 0; row < s_.rows.count; ++row) {
+            s_.omitted[row].rescale(s_.state->rescale[row]);
+            s_.omitted[row].add_pools(weights[row]);
         }
     }
 
@@ -236,25 +221,16 @@ class TileAttention {
             for (int64_t d = 0; d < p_.head_dim; ++d)
                 store_number(p_.dtype, params_.out, at * p_.head_dim + d, out[d] * inverse);
             if (params_.lse != nullptr) params_.lse[at] = s_.state->max[row] + std::log(sum);
-            if (wants_estimate()) params_.omitted_mass_estimate[at] = omitted_share(row);
+            if (wants_estimate()) params_.omitted_mass_estimate[at] = s_.omitted[row].share(sum);
         }
-    }
-
-    // The share of what the pools stand for, when keys outweigh pools as sampled blocks outweigh
-    // their mean scores; 0 for NaN.
-    float omitted_share(int row) const {
-        const double mean = s_.gap->gap[row] / s_.gap->blocks[row] - std::log(kBlockKeys);
-        const double kept = s_.gap->kept[row], pools = s_.state->sum[row] - kept;
-        const double share = 1 / (1 + kept / pools * std::exp(std::isfinite(mean) ? -mean : 0.0));
-        return pools > 0 && share >= 0 ? static_cast<float>(share) : 0.0f;
     }
 
     const AttentionParams& params_;
     const Problem& p_;
     const TileOps& ops_;
     Scratch& s_;
-    int64_t list_, tile_, kv_head_, batch_;
-    TileSpan span_;
+    const Tile tile_;
+    const KvView keys_, values_;
 };
 
 }  // namespace

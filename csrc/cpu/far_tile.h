@@ -30,15 +30,16 @@ struct WalkedBlocks {
 
 class FarTile {
   public:
-    // `head` counts KV heads of all batches; `line` holds head_dim numbers.
-    FarTile(const AttentionParams& params, const TileOps& ops, int64_t head, TileSpan span,
+    // `line` holds head_dim numbers.
+    FarTile(const AttentionParams& params, const TileOps& ops, const Tile& tile,
             WalkedBlocks walked, float* line)
         : far_(params.far_field),
           p_(params.problem),
           ops_(ops),
-          head_(head),
-          far_end_(far_end(p_.ranges(), span)),
-          width_(far_pool_blocks(p_.kv_len)),
+          head_(tile.flat_kv_head(p_)),
+          kv_len_(tile.kv_len),
+          far_end_(far_end(tile.ranges(p_), tile.span())),
+          width_(far_pool_blocks(tile.kv_len)),
           walked_(walked),
           line_(line) {}
 
@@ -70,18 +71,18 @@ class FarTile {
 
     Part part_of(int64_t pool) const {
         const int64_t begin = pool * width_;
-        const int64_t pool_end = min_i64(begin + width_, num_blocks(p_.kv_len));
+        const int64_t pool_end = min_i64(begin + width_, num_blocks(kv_len_));
         Part part{begin, min_i64(pool_end, far_end_), pool_end <= far_end_, pool_end, 0, {}, 0};
-        part.sum = far_pool_sums(p_.kv_len) - 1;
+        part.sum = far_pool_sums(kv_len_) - 1;
         if (!part.whole) {
             part.sum = (part.end - begin) / kFarSumBlocks - 1;
             part.summed = begin + (part.sum + 1) * kFarSumBlocks;
         }
         part.walked.begin = std::lower_bound(walked_.begin, walked_.end, begin);
         part.walked.end = std::lower_bound(part.walked.begin, walked_.end, part.end);
-        part.keys = min_i64(part.end * kBlockKeys, p_.kv_len) - begin * kBlockKeys;
+        part.keys = min_i64(part.end * kBlockKeys, kv_len_) - begin * kBlockKeys;
         for (const int32_t* block = part.walked.begin; block != part.walked.end; ++block)
-            part.keys -= block_keys(p_.kv_len, *block);
+            part.keys -= block_keys(kv_len_, *block);
         return part;
     }
 
@@ -90,14 +91,14 @@ class FarTile {
                    float* row) {
         const int dim = static_cast<int>(p_.head_dim);
         const int64_t heads = p_.batch * p_.kv_heads;
-        const int64_t at = (which * heads + head_) * num_far_pools(p_.kv_len) + pool;
+        const int64_t at = (which * heads + head_) * num_far_pools(kv_len_) + pool;
         if (part.whole && part.walked.begin == part.walked.end) {
             const char* mean =
                 static_cast<const char*>(far_.means) + at * dim * dtype_bytes(p_.dtype);
             ops_.load_rows(p_.dtype, mean, 0, 1, dim, row, dim);
             return;
         }
-        const int64_t sum = at * far_pool_sums(p_.kv_len) + part.sum;
+        const int64_t sum = at * far_pool_sums(kv_len_) + part.sum;
         int64_t added = part.summed;  // blocks before it are in `row`
         if (part.sum < 0 || !subtract_walked(means, far_.sums + sum * dim, part, row)) {
             std::fill(row, row + dim, 0.0f);
@@ -115,7 +116,7 @@ class FarTile {
         if (!ops_.load_rows(DType::kFloat32, sum, 0, 1, dim, row, dim)) return false;
         for (const int32_t* block = part.walked.begin;
              block != part.walked.end && *block < part.summed; ++block)
-            add_block(ops_, means, p_.dtype, p_.kv_len, head_, *block, dim, -1.0f, line_, row);
+            add_block(ops_, means, p_.dtype, kv_len_, head_, *block, dim, -1.0f, line_, row);
         return true;
     }
 
@@ -127,14 +128,14 @@ class FarTile {
             if (walked != part.walked.end && *walked == block)
                 ++walked;
             else
-                add_block(ops_, means, p_.dtype, p_.kv_len, head_, block, dim, 1.0f, line_, row);
+                add_block(ops_, means, p_.dtype, kv_len_, head_, block, dim, 1.0f, line_, row);
         }
     }
 
     const FarField& far_;
     const Problem& p_;
     const TileOps& ops_;
-    int64_t head_, far_end_, width_;
+    int64_t head_, kv_len_, far_end_, width_;
     WalkedBlocks walked_;
     float* line_;
 };

@@ -35,10 +35,11 @@ float omitted_from_lse(float lse, float lse_full) {
 }
 
 // Softmax state of the rows over every visible key.
-void sweep_keys(const OmittedMassParams& params, const TileOps& ops, int64_t batch, int64_t kv_head,
-                Scratch& s) {
+void sweep_keys(const OmittedMassParams& params, const TileOps& ops, const Sequence& sequence,
+                int64_t batch, int64_t kv_head, Scratch& s) {
     const Problem& p = params.problem;
-    const Ranges everything{p.kv_len, 0, p.kv_len, p.causal};
+    const Ranges everything{sequence.kv_len, 0, sequence.kv_len, p.causal};
+    const KvView keys = view_of(params.key, p, batch, kv_head);
     const int dim = static_cast<int>(p.head_dim), panels = s.rows.panel_count();
     s.rows.load(ops, p, params.query, batch);
     for (int row = 0; row < kMaxRows; ++row) {
@@ -48,7 +49,7 @@ void sweep_keys(const OmittedMassParams& params, const TileOps& ops, int64_t bat
     const TileSpan span{s.rows.first_position(), s.rows.last_position()};
     const BlockRange blocks = anchor_blocks(everything, span);
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-        load_tile(ops, p, params.key, batch, kv_head, block * kBlockKeys, dim, s.keys);
+        load_tile(ops, p, keys, sequence.kv_len, block * kBlockKeys, dim, s.keys);
         ops.score(s.rows.panels, s.keys, dim, dim, panels, p.scale, s.scores);
         if (block_cover(everything, span, block, false) != BlockCover::kFull) {
             fill_mask(everything, s.rows, block, false, nullptr, nullptr, s.mask);
@@ -62,22 +63,23 @@ void sweep_keys(const OmittedMassParams& params, const TileOps& ops, int64_t bat
 uint32_t audit(const OmittedMassParams& params, const TileOps& ops, int64_t batch, int64_t kv_head,
                int64_t begin, int64_t end, Scratch& s) {
     const Problem& p = params.problem;
+    const Sequence sequence(p, batch);
     const int group = p.group();
     uint32_t errors = 0;
     s.rows.clear();
     for (int64_t pair = begin; pair < end; ++pair) {
         const int64_t head = kv_head * group + pair % group, slot = pair / group;
         const int64_t query = params.rows != nullptr ? params.rows[slot] : slot;
-        if (query >= 0 && query < p.query_len) {
+        if (query >= 0 && query < sequence.query_len) {
             s.slot[s.rows.count] = slot;
-            s.rows.add(p, head, query);
+            s.rows.add(sequence, head, query);
             continue;
         }
         errors |= kErrorRowIndex;
         params.omitted[(batch * p.query_heads + head) * params.num_rows + slot] = NAN;
     }
     if (s.rows.count == 0) return errors;
-    sweep_keys(params, ops, batch, kv_head, s);
+    sweep_keys(params, ops, sequence, batch, kv_head, s);
     for (int row = 0; row < s.rows.count; ++row) {
         const int64_t head = batch * p.query_heads + s.rows.head[row];
         const float lse_full = s.state->max[row] + std::log(s.state->sum[row]);

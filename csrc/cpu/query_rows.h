@@ -2,7 +2,8 @@
 // panels for TileOps::score.
 #pragma once
 
-#include "condensate/params.h"
+#include "condensate/kv_view.h"
+#include "condensate/tile.h"
 #include "cpu/parallel.h"
 #include "cpu/tile_ops.h"
 #include "host/number.h"
@@ -12,8 +13,7 @@ namespace condensate::cpu {
 inline const void* element(const ConstTensor4& tensor, DType dtype, int64_t batch, int64_t head,
                            int64_t index) {
     return static_cast<const char*>(tensor.data) +
-           (batch * tensor.stride_batch + head * tensor.stride_head + index * tensor.stride_seq) *
-               dtype_bytes(dtype);
+           tensor.offset(batch, head, index) * dtype_bytes(dtype);
 }
 
 // Up to kMaxRows rows that share one KV head.
@@ -35,10 +35,10 @@ struct QueryRows {
     int panel_count() const { return (count + kPanelRows - 1) / kPanelRows; }
 
     void clear() { count = 0; }
-    void add(const Problem& p, int64_t h, int64_t i) {
+    void add(const Sequence& sequence, int64_t h, int64_t i) {
         head[count] = h;
         query[count] = i;
-        position[count] = query_position(i, p.query_len, p.kv_len);
+        position[count] = sequence.position_of(i);
         ++count;
     }
 
@@ -74,13 +74,20 @@ struct QueryRows {
     }
 };
 
-// Loads key or value rows begin.. of one head as a full tile of kTileKeys rows: those at or past
-// kv_len are 0. Returns whether everything is finite.
-inline bool load_tile(const TileOps& ops, const Problem& p, const ConstTensor4& tensor,
-                      int64_t batch, int64_t head, int64_t begin, int ld, float* target) {
-    const int rows = static_cast<int>(min_i64(kTileKeys, p.kv_len - begin));
-    bool finite = ops.load_rows(p.dtype, element(tensor, p.dtype, batch, head, begin),
-                                tensor.stride_seq, rows, static_cast<int>(p.head_dim), target, ld);
+// The keys or values of a KV head.
+inline KvView view_of(const ConstTensor4& tensor, const Problem& p, int64_t batch,
+                      int64_t kv_head) {
+    return KvView::of(tensor, static_cast<int>(dtype_bytes(p.dtype)), batch, kv_head);
+}
+
+// Loads rows begin.. of `kv_len` as a full tile of kTileKeys rows: those past the last are 0.
+// Returns whether everything is finite.
+inline bool load_tile(const TileOps& ops, const Problem& p, const KvView& view, int64_t kv_len,
+                      int64_t begin, int ld, float* target) {
+    const int rows = static_cast<int>(min_i64(kTileKeys, kv_len - begin));
+    const void* source = view.row(begin, static_cast<int>(dtype_bytes(p.dtype)));
+    const bool finite =
+        ops.load_rows(p.dtype, source, view.stride, rows, static_cast<int>(p.head_dim), target, ld);
     for (int64_t n = int64_t{rows} * ld; n < int64_t{kTileKeys} * ld; ++n) target[n] = 0.0f;
     return finite;
 }

@@ -95,14 +95,15 @@ Threshold find_threshold(const TileOps& ops, Scratch& s, const float* scores, co
 }
 
 // Scores of all rows against keys [0, blocks * 64), row by row.
-void score_chunk(const TokenSelectParams& params, const TileOps& ops, int64_t batch,
-                 int64_t kv_head, int64_t blocks, Scratch& s) {
+void score_chunk(const TokenSelectParams& params, const TileOps& ops, const Tile& tile,
+                 int64_t blocks, Scratch& s) {
     const Problem& p = params.problem;
     const int dim = static_cast<int>(p.head_dim);
-    s.rows.load(ops, p, params.query, batch);
+    const KvView keys = view_of(params.key, p, tile.batch, tile.kv_head);
+    s.rows.load(ops, p, params.query, tile.batch);
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t begin = block * kBlockKeys;
-        load_tile(ops, p, params.key, batch, kv_head, begin, dim, s.keys);
+        load_tile(ops, p, keys, tile.kv_len, begin, dim, s.keys);
         ops.score(s.rows.panels, s.keys, dim, dim, s.rows.panel_count(), p.scale, s.tile);
         for (int row = 0; row < s.rows.count; ++row) {
             float* target = s.scores + row * s.score_ld + begin;
@@ -112,22 +113,22 @@ void score_chunk(const TokenSelectParams& params, const TileOps& ops, int64_t ba
     }
 }
 
-void select_chunk(const TokenSelectParams& params, const TileOps& ops, int64_t batch,
-                  int64_t kv_head, Scratch& s) {
+void select_chunk(const TokenSelectParams& params, const TileOps& ops, const Tile& tile,
+                  Scratch& s) {
     const Problem& p = params.problem;
-    const int64_t last = p.causal ? s.rows.last_position() : p.kv_len - 1;
-    score_chunk(params, ops, batch, kv_head, last < 0 ? 0 : last / kBlockKeys + 1, s);
+    const Ranges ranges = tile.ranges(p);
+    const int64_t last = p.causal ? s.rows.last_position() : tile.kv_len - 1;
+    score_chunk(params, ops, tile, last < 0 ? 0 : last / kBlockKeys + 1, s);
     for (int row = 0; row < s.rows.count; ++row) {
         const float* scores = s.scores + row * s.score_ld;
         const int64_t position = s.rows.position[row];
-        const int64_t at =
-            (batch * p.query_heads + s.rows.head[row]) * p.query_len + s.rows.query[row];
+        const int64_t at = tile.flat_query(p, s.rows.head[row], s.rows.query[row]);
         Threshold found =
-            find_threshold(ops, s, scores, candidates_of(p.ranges(), position), params.topk);
+            find_threshold(ops, s, scores, candidates_of(ranges, position), params.topk);
         params.threshold[at] = found.score;
         params.tie_index[at] = found.tie_index;
         if (params.lse_full == nullptr) continue;
-        const int64_t visible = p.causal ? max_i64(position + 1, 0) : p.kv_len;
+        const int64_t visible = p.causal ? max_i64(position + 1, 0) : tile.kv_len;
         params.lse_full[at] = ops.log_sum_exp(scores, visible);
     }
 }
@@ -137,22 +138,18 @@ void select_chunk(const TokenSelectParams& params, const TileOps& ops, int64_t b
 Status select_tokens(const TokenSelectParams& params, const Executor& executor) {
     const Problem& p = params.problem;
     const TileOps& ops = tile_ops();
-    const int group = p.group();
-    const int64_t positions = tile_positions(group), tiles = num_tiles(p.query_len, group);
+    const int64_t tiles = num_tiles(p.query_len, p.group());
     return for_each_item(
         executor, p.batch * p.kv_heads * tiles, [&](Arena& arena) { return Scratch(arena, p); },
         [&](int64_t item, Scratch& scratch) {
-            const int64_t tile = item % tiles, kv_head = item / tiles % p.kv_heads;
-            const int64_t batch = item / tiles / p.kv_heads;
-            const int64_t begin = tile * positions;
-            const int64_t end = min_i64(begin + positions, p.query_len);
+            const Tile tile(p, item / tiles, item % tiles);
             scratch.rows.clear();
-            for (int64_t i = begin; i < end; ++i)
-                for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-                    scratch.rows.add(p, h, i);
-                    bool last = i == end - 1 && h == (kv_head + 1) * group - 1;
+            for (int64_t i = tile.first_query; i < tile.end_query(); ++i)
+                for (int64_t h = tile.first_head(); h < tile.end_head(); ++h) {
+                    scratch.rows.add(tile, h, i);
+                    bool last = i == tile.end_query() - 1 && h == tile.end_head() - 1;
                     if (scratch.rows.count < kChunkRows && !last) continue;
-                    select_chunk(params, ops, batch, kv_head, scratch);
+                    select_chunk(params, ops, tile, scratch);
                     scratch.rows.clear();
                 }
         });

@@ -35,9 +35,10 @@ class UnitScores {
 
     // Calls visit(n) with every tile of units, n being the first of its blocks in `list`.
     template <class Visit>
-    void sweep(const BlockSelectParams& params, const TileOps& ops, int64_t head, UnitLevel level,
-               const QueryRows& rows, BlockList list, const Visit& visit) {
-        start(params.problem, rows, level);
+    void sweep(const BlockSelectParams& params, const TileOps& ops, const Tile& tile,
+               UnitLevel level, const QueryRows& rows, BlockList list, const Visit& visit) {
+        start(tile.ranges(params.problem), rows, level);
+        const int64_t head = tile.flat_kv_head(params.problem);
         const int dim = static_cast<int>(dim_);
         for (int64_t n = 0; n < list.count; n += kTileKeys / level.per_block) {
             const int64_t count = min_i64(kTileKeys / level.per_block, list.count - n);
@@ -50,21 +51,21 @@ class UnitScores {
     }
 
     // The keys of one block, as one tile.
-    void score_keys(const BlockSelectParams& params, const TileOps& ops, int64_t head,
+    void score_keys(const BlockSelectParams& params, const TileOps& ops, const Tile& tile,
                     const QueryRows& rows, int64_t block) {
         const Problem& p = params.problem;
         const int dim = static_cast<int>(dim_);
-        load_tile(ops, p, params.key, head / p.kv_heads, head % p.kv_heads, block * kBlockKeys, dim,
-                  units_);
+        load_tile(ops, p, view_of(params.key, p, tile.batch, tile.kv_head), tile.kv_len,
+                  block * kBlockKeys, dim, units_);
         ops.score(rows.panels, units_, dim, dim, rows.panel_count(), p.scale, scores_);
-        fill_mask(p.ranges(), rows, block, /*listed=*/true, nullptr, nullptr, mask_);
+        fill_mask(tile.ranges(p), rows, block, /*listed=*/true, nullptr, nullptr, mask_);
     }
 
   private:
-    void start(const Problem& p, const QueryRows& rows, UnitLevel level) {
+    void start(const Ranges& ranges, const QueryRows& rows, UnitLevel level) {
         for (int row = 0; row < kMaxRows; ++row) {
             row_units_[row] =
-                row < rows.count ? visible_units(p.ranges(), rows.position[row], level.keys) : 0;
+                row < rows.count ? visible_units(ranges, rows.position[row], level.keys) : 0;
             mask_->free_end[row] = kTileKeys;  // visibility alone decides
             mask_->window_begin[row] = mask_->window_end[row] = mask_->tie_end[row] = 0;
             mask_->threshold[row] = __builtin_inff();

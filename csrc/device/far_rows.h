@@ -69,8 +69,6 @@ struct FarTile : FarShape {
     __device__ int pool_keys(int pool) const {
         return static_cast<int>(keys(first_block(pool), end_block(pool)));
     }
-    // Keys below `end`, walked or not.
-    __device__ int64_t all_keys() const { return end > 0 ? keys(0, end) : 0; }
 
     // The first pool after `previous` whose row is not its premade mean, pools() when there is
     // none. The walk stands on its first block behind `previous`.

@@ -3,24 +3,48 @@
 
 #include <cstdint>
 
-#include "condensate/params.h"
+#include "condensate/tile.h"
 
 namespace condensate::kernels {
 
 // Consecutive rows of one KV head. Row f of a KV head is query f / group of its head f % group, so
 // that rows which see nearly the same keys are neighbours, whatever the group.
-struct RowGroup {
+struct RowGroup : Sequence {
     int batch;
     int kv_head;
     int group;
     int64_t first_row;
     int64_t end_row;
 
+    // `head` counts [B, Hkv].
+    __device__ RowGroup(const Problem& p, int64_t head)
+        : Sequence(p, head / p.kv_heads),
+          batch(static_cast<int>(head / p.kv_heads)),
+          kv_head(static_cast<int>(head % p.kv_heads)),
+          group(p.group()) {}
+
     __device__ bool exists(int row) const { return first_row + row < end_row; }
     // Which of the swept queries, and which query head, a row is.
     __device__ int64_t slot(int row) const { return (first_row + row) / group; }
     __device__ int64_t head(int row) const {
         return static_cast<int64_t>(kv_head) * group + (first_row + row) % group;
+    }
+    // Index of a row's `query` in a contiguous [B, Hq, Lq] tensor.
+    __device__ int64_t flat_row(const Problem& p, int row, int64_t query) const {
+        return (batch * p.query_heads + head(row)) * p.query_len + query;
+    }
+    // Keys [0, end) that a query sees.
+    __device__ int32_t visible_keys(const Problem& p, int64_t query) const {
+        if (!p.causal) return static_cast<int32_t>(kv_len);
+        return static_cast<int32_t>(max_i64(min_i64(position_of(query) + 1, kv_len), 0));
+    }
+    // No row has a candidate at or past this key; the last row sees keys [0, last_visible_end).
+    __device__ int32_t candidates_end(const Problem& p, int32_t last_visible_end) const {
+        if (!p.causal) return last_visible_end;
+        return max(last_visible_end - static_cast<int32_t>(min_i64(p.window, kv_len)), 0);
+    }
+    __device__ int32_t anchor_keys(const Problem& p) const {
+        return static_cast<int32_t>(min_i64(p.anchors, kv_len));
     }
 };
 
@@ -33,13 +57,10 @@ int64_t row_groups(const Problem& problem, int64_t num_queries) {
 // The rows of this CTA; the last rows of a head, which see most keys, come first.
 template <int kRows>
 __device__ RowGroup row_group_of_cta(const Problem& problem, int64_t num_queries) {
-    RowGroup rows;
-    rows.group = problem.group();
-    rows.end_row = num_queries * rows.group;
-    int64_t groups = ceil_div(rows.end_row, static_cast<int64_t>(kRows));
-    int64_t head = blockIdx.x / groups;
-    rows.batch = static_cast<int>(head / problem.kv_heads);
-    rows.kv_head = static_cast<int>(head % problem.kv_heads);
+    const int64_t end_row = num_queries * problem.group();
+    const int64_t groups = ceil_div(end_row, static_cast<int64_t>(kRows));
+    RowGroup rows(problem, blockIdx.x / groups);
+    rows.end_row = end_row;
     rows.first_row = (groups - 1 - blockIdx.x % groups) * kRows;
     return rows;
 }
@@ -52,13 +73,6 @@ struct RowTable {
     int32_t last_visible_end;    // largest of the CTA
 };
 
-// Keys [0, end) that a query sees.
-__device__ __forceinline__ int32_t visible_keys(const Problem& problem, int64_t query) {
-    if (!problem.causal) return static_cast<int32_t>(problem.kv_len);
-    int64_t end = query_position(query, problem.query_len, problem.kv_len) + 1;
-    return static_cast<int32_t>(max_i64(min_i64(end, problem.kv_len), 0));
-}
-
 // Fills the table; `query_of(slot)` is the query index of a swept query, -1 if it has none. All
 // threads (at least kRows) call it; the table is visible to all on return.
 template <int kRows, class QueryOf>
@@ -69,7 +83,7 @@ __device__ void fill_row_table(RowTable<kRows>& table, const RowGroup& rows, con
     int row = static_cast<int>(threadIdx.x);
     if (row < kRows) {
         int64_t query = rows.exists(row) ? query_of(rows.slot(row)) : -1;
-        int32_t end = query >= 0 ? visible_keys(problem, query) : 0;
+        int32_t end = query >= 0 ? rows.visible_keys(problem, query) : 0;
         table.query[row] = query;
         table.visible_end[row] = end;
         atomicMax(&table.last_visible_end, end);
@@ -88,22 +102,13 @@ struct CandidateBounds {
     }
 };
 
-__device__ __forceinline__ CandidateBounds candidate_bounds(const Problem& p, int64_t query,
-                                                            int32_t end) {
-    int64_t position = query_position(query, p.query_len, p.kv_len);
+// Of the row of `query`, which sees keys [0, end).
+__device__ __forceinline__ CandidateBounds candidate_bounds(const RowGroup& rows, const Problem& p,
+                                                            int64_t query, int32_t end) {
+    int64_t position = rows.position_of(query);
     int64_t low = min_i64(max_i64(position - p.window + 1, 0), end);
     int64_t high = p.causal ? end : min_i64(max_i64(position + p.window, 0), end);
     return {static_cast<int32_t>(low), static_cast<int32_t>(high), end};
-}
-// No row of a CTA has a candidate at or past this key.
-__device__ __forceinline__ int32_t candidates_end(const Problem& problem,
-                                                  int32_t last_visible_end) {
-    if (!problem.causal) return last_visible_end;
-    int64_t window = min_i64(problem.window, problem.kv_len);
-    return max(last_visible_end - static_cast<int32_t>(window), 0);
-}
-__device__ __forceinline__ int32_t anchor_keys(const Problem& problem) {
-    return static_cast<int32_t>(min_i64(problem.anchors, problem.kv_len));
 }
 
 }  // namespace condensate::kernels

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "condensate/kv_view.h"
 #include "ptx/cp_async.h"
 #include "ptx/matrix.h"
 
@@ -38,24 +39,24 @@ __device__ __forceinline__ uint32_t column_major_lane(uint32_t tile_smem, int ro
     return tile_smem + tile_offset<kDim>(row + (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1);
 }
 
-// Starts copying kRows rows of `head_dim` elements into a tile; columns past head_dim and rows
-// outside [0, valid_rows) become zero. `rows_gmem` is row 0; rows are `stride` elements apart.
-template <int kRows, int kDim, int kThreads, class T>
-__device__ __forceinline__ void copy_tile_async(uint32_t tile_smem, const T* rows_gmem,
-                                                int64_t stride, int64_t valid_rows, int head_dim) {
+// Starts copying kRows rows of `head_dim` elements from `first` on into a tile; columns past
+// head_dim and rows past the first `valid_rows` become zero.
+template <class T, int kRows, int kDim, int kThreads>
+__device__ __forceinline__ void copy_tile_async(uint32_t tile_smem, const KvView& rows,
+                                                int64_t first, int64_t valid_rows, int head_dim) {
     constexpr int kChunks = kDim / 8;
     constexpr int kRowsPerPass = kThreads / kChunks;
     static_assert(kThreads % kChunks == 0 && kRows % kRowsPerPass == 0, "whole passes of the CTA");
     int chunk = threadIdx.x % kChunks;
     int row = threadIdx.x / kChunks;
     bool in_columns = chunk * 8 < head_dim;
-    const T* src = rows_gmem + row * stride + (in_columns ? chunk * 8 : 0);
+    const int column = in_columns ? chunk * 8 : 0;
 #pragma unroll
     for (int pass = 0; pass < kRows / kRowsPerPass; ++pass) {
         bool copy = in_columns && row < valid_rows;
-        ptx::cp_async_16(tile_smem + tile_offset<kDim>(row, chunk), copy ? src : rows_gmem, copy);
+        ptx::cp_async_16(tile_smem + tile_offset<kDim>(row, chunk),
+                         rows.row<T>(copy ? first + row : 0) + column, copy);
         row += kRowsPerPass;
-        src += kRowsPerPass * stride;
     }
 }
 

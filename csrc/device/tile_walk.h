@@ -1,28 +1,72 @@
-// The walk of one tile of an attention call.
+// A tile's walk, written down by a warp.
 #pragma once
 
-#include "condensate/params.h"
-#include "device/block_walk.h"
-#include "device/tile_rows.h"
+#include "condensate/block_walk.h"
 
 namespace condensate::device {
-
-// Over anchors, window and the tile's list.
-__device__ __forceinline__ BlockWalk tile_walk(const AttentionParams& params,
-                                               const TileRows& tile) {
-    const int32_t* list = nullptr;
-    int64_t count = 0;
-    if (params.block_counts) {  // of width 0 there are counts without entries
-        list = params.block_indices + tile.tile_index * params.max_blocks;
-        count = params.block_counts[tile.tile_index];
-    }
-    return BlockWalk(params.problem.ranges(), tile.span(), list, count,
-                     params.block_counts ? params.max_blocks : 0);
-}
 
 // Blocks of a walk, and those of them below some block.
 struct WalkCount {
     int all, below;
+};
+
+// Writes the first blocks of a walk, as BlockWalk finds them, 32 list entries at a time.
+class WalkWriter {
+  public:
+    // `room` blocks at most are written; those below `below` are counted apart.
+    __device__ WalkWriter(int32_t* blocks, int room, int below)
+        : blocks_(blocks), room_(room), below_(below) {}
+
+    // The whole warp calls it.
+    __device__ WalkCount write(const Ranges& ranges, TileSpan span, const TileList& list) {
+        const RangeBlocks beside(ranges, span);
+        put_range(0, beside.anchors_end);
+        put_listed(ranges, list, beside.anchors_end, beside.window_begin);
+        put_range(beside.window_begin, beside.window_end);
+        put_listed(ranges, list, beside.window_end, reachable_blocks(ranges, span));
+        return count_;
+    }
+
+  private:
+    static constexpr unsigned kAllLanes = 0xffffffffu;
+
+    __device__ void put_range(int begin, int end) {
+        for (int block = begin + lane_; block < end; block += 32)
+            if (count_.all + block - begin < room_) blocks_[count_.all + block - begin] = block;
+        count_.all += end - begin;
+        count_.below += max(min(end, below_) - begin, 0);
+    }
+
+    // Valid entries of the list in [begin, end): those that exceed all valid ones before.
+    __device__ void put_listed(const Ranges& ranges, const TileList& list, int begin, int end) {
+        if (begin >= end) return;
+        const int blocks_of_keys = static_cast<int>(num_blocks(ranges.kv_len)), size = list.size();
+        int before = -1;  // the largest valid entry so far
+        for (int first = 0; first < size; first += 32) {
+            int entry = first + lane_ < size ? list.entries[first + lane_] : -1;
+            if (entry >= blocks_of_keys) entry = -1;
+            int largest = entry;  // of this lane's and those before
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(kAllLanes, largest, step);
+                if (lane_ >= step) largest = max(largest, other);
+            }
+            const int previous = __shfl_up_sync(kAllLanes, largest, 1);
+            const bool valid = entry > max(before, lane_ > 0 ? previous : -1);
+            const bool put = valid && entry >= begin && entry < end;
+            const unsigned puts = __ballot_sync(kAllLanes, put);
+            const int place = count_.all + __popc(puts & ((1u << lane_) - 1));
+            if (put && place < room_) blocks_[place] = entry;
+            count_.all += __popc(puts);
+            count_.below += __popc(__ballot_sync(kAllLanes, put && entry < below_));
+            before = max(before, __shfl_sync(kAllLanes, largest, 31));
+        }
+    }
+
+    int32_t* blocks_;
+    const int room_, below_;
+    const int lane_ = static_cast<int>(threadIdx.x & 31);
+    WalkCount count_ = {0, 0};
 };
 
 // A tile's walk in shared memory: its first blocks written down, and how it goes on. Consecutive
@@ -31,38 +75,27 @@ template <int kWarps, int kRecorded>
 struct WalkSmem {
     static constexpr int kMostRecorded = kRecorded;
 
-    BlockWalk rest;
+    BlockWalk rest;  // behind the recorded blocks, of a walk that is not complete
     int recorded;
     bool complete;                 // there are no others
     BlockWalk unrecorded[kWarps];  // each warp's, which its lane 0 alone touches
     int32_t blocks[kRecorded];
 
-    // One thread calls it; who steps along must see what it writes.
-    __device__ void set(const AttentionParams& params, const TileRows& tile) {
-        BlockWalk walk = tile_walk(params, tile);
-        int count = 0, block = 0;
-        while (count < kRecorded && (block = walk.next().block) != INT_MAX) blocks[count++] = block;
-        recorded = count;
-        complete = block == INT_MAX;
-        rest = walk;
-    }
-
-    // The same by a whole warp, 32 list entries at a time. Counts the blocks, and those below
-    // `end`.
-    __device__ WalkCount set_by_warp(const AttentionParams& params, const TileRows& tile, int end) {
-        const Ranges ranges = params.problem.ranges();
-        const TileSpan span = tile.span();
-        const RangeBlocks walked(ranges, span);
-        WalkCount count = {0, 0};
-        put_range(&count, 0, walked.anchors_end, end);
-        put_listed(&count, params, tile, walked.anchors_end, walked.window_begin, end);
-        put_range(&count, walked.window_begin, walked.window_end, end);
-        put_listed(&count, params, tile, walked.window_end, reachable_blocks(ranges, span), end);
-        if (count.all > kRecorded) {
-            if ((threadIdx.x & 31) == 0) set(params, tile);
-        } else {
-            recorded = count.all;
-            complete = true;
+    // One warp calls it; who steps along must see what it writes. Counts the blocks, and those
+    // below `below`.
+    __device__ WalkCount record(const AttentionParams& params, const Tile& tile, int below) {
+        const Ranges ranges = tile.ranges(params.problem);
+        const TileList list = TileList::of(params, tile);
+        const WalkCount count =
+            WalkWriter(blocks, kRecorded, below).write(ranges, tile.span(), list);
+        if ((threadIdx.x & 31) == 0) {
+            recorded = min(count.all, kRecorded);
+            complete = count.all <= kRecorded;
+            if (!complete) {
+                BlockWalk walk(ranges, tile.span(), list);
+                for (int n = 0; n < kRecorded; ++n) walk.next();
+                rest = walk;
+            }
         }
         return count;
     }
@@ -76,47 +109,6 @@ struct WalkSmem {
             of_first_lane = walk.next().block;
         }
         return __shfl_sync(0xffffffffu, of_first_lane, 0);
-    }
-
-  private:
-    // Both write blocks behind those counted so far, as far as there is room, and count them.
-    __device__ void put_range(WalkCount* count, int begin, int end, int below) {
-        for (int block = begin + static_cast<int>(threadIdx.x & 31); block < end; block += 32)
-            if (count->all + block - begin < kRecorded) blocks[count->all + block - begin] = block;
-        count->all += end - begin;
-        count->below += max(min(end, below) - begin, 0);
-    }
-
-    // Valid entries of the list in [begin, end): those that exceed all valid ones before.
-    __device__ void put_listed(WalkCount* count, const AttentionParams& params,
-                               const TileRows& tile, int begin, int end, int below) {
-        if (!params.block_indices || begin >= end) return;
-        constexpr unsigned kAll = 0xffffffffu;
-        const int lane = threadIdx.x & 31;
-        const int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
-        const int blocks_of_keys = static_cast<int>(num_blocks(params.problem.kv_len));
-        const int64_t claimed = params.block_counts[tile.tile_index];
-        const int size = static_cast<int>(min_i64(max_i64(claimed, 0), params.max_blocks));
-        int before = -1;  // the largest valid entry so far
-        for (int first = 0; first < size; first += 32) {
-            int entry = first + lane < size ? __ldg(list + first + lane) : -1;
-            if (entry >= blocks_of_keys) entry = -1;
-            int largest = entry;  // of this lane's and those before
-#pragma unroll
-            for (int step = 1; step < 32; step *= 2) {
-                const int other = __shfl_up_sync(kAll, largest, step);
-                if (lane >= step) largest = max(largest, other);
-            }
-            const int previous = __shfl_up_sync(kAll, largest, 1);
-            const bool valid = entry > max(before, lane > 0 ? previous : -1);
-            const bool put = valid && entry >= begin && entry < end;
-            const unsigned puts = __ballot_sync(kAll, put);
-            const int place = count->all + __popc(puts & ((1u << lane) - 1));
-            if (put && place < kRecorded) blocks[place] = entry;
-            count->all += __popc(puts);
-            count->below += __popc(__ballot_sync(kAll, put && entry < below));
-            before = max(before, __shfl_sync(kAll, largest, 31));
-        }
     }
 };
 

@@ -278,8 +278,9 @@ def estimated_omission(
 ) -> Estimate:
     """F e^g / (S + F e^g): S over attended keys, F over pools, g the mean gap of sampled blocks.
 
-    Rounding moves every score, hence F, S and e^g by a factor. In float32 one of F and S is what
-    the sum of both exceeds the other by, so it may be off by a part of that sum.
+    Rounding moves every score, hence F, S and e^g by a factor. S may be what the sum of both
+    exceeds F by, so it may be off by a part of that sum. Pools that weigh less than 2^-125 of the
+    row's largest term may be lost: float32 has no smaller normal numbers.
     """
     terms = Terms(query, key, division, key_means, scale)
     gap = jensen_gap(terms, sampled)
@@ -288,14 +289,17 @@ def estimated_omission(
     rounding = (terms.count + 64) * EPS
     error = moved + 4 * (terms.head_dim + 8) * EPS * terms.size + 2 * rounding
     lost = rounding.log() + torch.logaddexp(kept, pools)
+    largest = torch.maximum(terms.near.amax(-1), terms.far.amax(-1))
+    light = terms.far < largest[..., None] - 125 * math.log(2)
+    sure_pools = _log_sum(terms.far.masked_fill(light, -torch.inf))
     # Without pools, and for NaN, it is 0 and nothing else.
     there = pools.isfinite() & (kept < torch.inf)
 
     def share(of: Tensor, beside: Tensor, off: Tensor | float) -> Tensor:
         return torch.where(there, (of + gap.mean - beside + off).sigmoid(), 0.0)
 
-    least = share(_log_less(pools, lost), torch.logaddexp(kept, lost), -error)
-    most = share(torch.logaddexp(pools, lost), _log_less(kept, lost), error)
+    least = share(sure_pools, torch.logaddexp(kept, lost), -error)
+    most = share(pools, _log_less(kept, lost), error)
     unknown, stored = there & ~gap.known, torch.where(there, 4 * EPS, 0.0)
     least = (least - stored).clamp(min=0).masked_fill(unknown, 0.0)
     most = (most + stored).clamp(max=1).masked_fill(unknown, 1.0)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "condensate/kv_view.h"
 #include "condensate/params.h"
 #include "device/query_rows.h"
 #include "device/simt/key_tile.h"
@@ -26,10 +27,9 @@ __device__ __forceinline__ void load_queries(SweepSmem& smem, const RowGroup& ct
     for (int r = 0; r < kWarpRows; ++r) {
         int row = lane.row(r);
         const T* src = nullptr;
-        if (smem.rows.query[row] >= 0) {
-            src = static_cast<const T*>(query.data) + cta.batch * query.stride_batch +
-                  cta.head(row) * query.stride_head + smem.rows.query[row] * query.stride_seq;
-        }
+        if (smem.rows.query[row] >= 0)
+            src = static_cast<const T*>(query.data) +
+                  query.offset(cta.batch, cta.head(row), smem.rows.query[row]);
         load_query(smem.queries + row * kMaxHeadDim, src, head_dim);
     }
     __syncwarp();
@@ -43,15 +43,13 @@ __device__ __forceinline__ void sweep_keys(SweepSmem& smem, const RowGroup& cta,
                                            const ConstTensor4& key, const Problem& problem,
                                            int32_t begin, int32_t end, Body&& body) {
     Lane lane;
-    const T* keys_gmem = static_cast<const T*>(key.data) + cta.batch * key.stride_batch +
-                         cta.kv_head * key.stride_head;
+    const KvView keys = KvView::of(key, sizeof(T), cta.batch, cta.kv_head);
     const float* queries_smem = smem.queries + lane.row(0) * kMaxHeadDim;
     const float* key_smem = smem.keys.element + lane.lane * smem.keys.kStride;
     int head_dim = static_cast<int>(problem.head_dim);
     for (int64_t first = begin / kTileKeys * kTileKeys; first < end; first += kTileKeys) {
         __syncthreads();  // everyone is done with the previous keys
-        stage_rows(smem.keys.element, smem.keys.kStride, keys_gmem, key.stride_seq, first,
-                   problem.kv_len, head_dim);
+        stage_rows<T>(smem.keys.element, smem.keys.kStride, keys, first, cta.kv_len, head_dim);
         __syncthreads();
         float score[kWarpRows];
         score_rows(score, queries_smem, kMaxHeadDim, key_smem, head_dim, problem.scale);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "condensate/kv_view.h"
 #include "device/element.h"
 
 namespace condensate::kernels::simt {
@@ -28,16 +29,16 @@ struct KeyTile {
     float element[kTileKeys * kStride];
 };
 
-// Copies rows first..first+31 of a [rows, dim] matrix, as far as they exist; the others are zero.
+// Copies rows first..first+31, as far as they lie before `end`; the others are zero.
 // All threads call it, between barriers.
 template <class T>
-__device__ __forceinline__ void stage_rows(float* tile_smem, int tile_stride, const T* rows_gmem,
-                                           int64_t stride, int64_t first, int64_t end, int dim) {
+__device__ __forceinline__ void stage_rows(float* tile_smem, int tile_stride, const KvView& rows,
+                                           int64_t first, int64_t end, int dim) {
     Lane lane;
 #pragma unroll
     for (int r = lane.warp; r < kTileKeys; r += kWarps) {
         bool exists = first + r < end;
-        const T* src = rows_gmem + (first + r) * stride;
+        const T* src = rows.row<T>(first + r);
         for (int d = lane.lane; d < dim; d += 32) {
             tile_smem[r * tile_stride + d] = exists ? to_float(src[d]) : 0.0f;
         }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "condensate/host_device.h"
+
 namespace condensate {
 
 enum class DType : int32_t {
@@ -52,6 +54,11 @@ struct ConstTensor4 {
     int64_t stride_batch = 0;
     int64_t stride_head = 0;
     int64_t stride_seq = 0;
+
+    // Elements before a row.
+    CONDENSATE_HOST_DEVICE int64_t offset(int64_t batch, int64_t head, int64_t seq) const {
+        return batch * stride_batch + head * stride_head + seq * stride_seq;
+    }
 };
 
 // Where to run. `stream` is a cudaStream_t and is ignored on the CPU.

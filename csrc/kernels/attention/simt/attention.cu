@@ -2,7 +2,7 @@
 // A CTA takes 32 rows of a tile and walks the blocks that the tile attends, 32 keys at a time: keys
 // are staged and scored (one key per lane), then values are staged in the same memory and added up
 // (some channels per lane).
-#include "device/jensen_gap.h"
+#include "condensate/omitted_estimate.h"
 #include "device/simt/key_tile.h"
 #include "device/tile_walk.h"
 #include "kernels/attention/simt/far_rows.h"
@@ -41,11 +41,8 @@ struct RowState {
     float largest = -INFINITY;
     float sum = 0.0f;
     float out[kDim / 32] = {};
-    // For the estimate of the omitted mass: a lane's shares of a sampled block's scores and
-    // weights, and of the gaps of those that were counted.
-    float block_scores = 0.0f, block_weights = 0.0f;
-    float gap = 0.0f, gap_blocks = 0.0f;
-    float kept = 0.0f;  // of `sum`, before the pools
+    float block_scores = 0.0f, block_weights = 0.0f;  // of a sampled block: a lane's share
+    OmittedEstimate<float> omitted;                   // a lane's share
 
     // Takes in one score per lane (-inf: not attended) and returns its weight.
     __device__ __forceinline__ float weigh(float score) {
@@ -57,7 +54,7 @@ struct RowState {
             float rescale = expf(previous - reference);
             sum *= rescale;
             block_weights *= rescale;
-            kept *= rescale;
+            omitted.rescale(rescale);
 #pragma unroll
             for (int c = 0; c < kDim / 32; ++c) out[c] *= rescale;
         }
@@ -72,30 +69,28 @@ struct RowState {
     }
     __device__ __forceinline__ void end_block() {
         const float weight = warp_sum(block_weights);
-        if (weight >= kGapLeastWeight) {
-            gap += (logf(weight) + largest) / 32 - block_scores / kBlockKeys;
-            gap_blocks += 1.0f;
-        }
+        if (weight >= kGapLeastWeight)
+            omitted.add_block((log2f(weight) + largest * device::kLog2E) / 32,
+                              block_scores * (device::kLog2E / kBlockKeys));
         block_scores = block_weights = 0.0f;
     }
     // The omitted mass, estimated; the warp calls it.
     __device__ __forceinline__ float omitted_share() const {
-        const float mean = warp_sum(gap) / gap_blocks - logf(kBlockKeys);
-        const float attended = warp_sum(kept);
-        return device::omitted_share(warp_sum(sum) - attended, attended,
-                                     fabsf(mean) < INFINITY ? mean * device::kLog2E : 0.0f);
+        const OmittedEstimate<float> whole = {warp_sum(omitted.pools), warp_sum(omitted.gaps),
+                                              omitted.blocks};
+        return whole.share(warp_sum(sum));
     }
 };
 
 // The rows of a CTA: up to 32 consecutive (query, head of the group) pairs of a tile, so that rows
 // without a query come last.
 struct AttentionCta {
-    device::TileRows tile;
+    Tile tile;
     int first_row;  // in the tile's pairs
 
     // `parts` CTAs share the rows of a tile.
     __device__ AttentionCta(const Problem& problem, int parts)
-        : tile(device::TileRows::from_index(problem, blockIdx.x / parts)),
+        : tile(Tile::longest_first(problem, blockIdx.x / parts)),
           first_row(static_cast<int>(blockIdx.x % parts) * kCtaRows) {}
 
     __device__ int64_t query(int row) const {
@@ -107,9 +102,8 @@ struct AttentionCta {
     __device__ bool exists(int row) const {
         return first_row + row < tile.rows() && query(row) < tile.query_len;
     }
-    // Index of a row in a contiguous [B, Hq, Lq] tensor.
-    __device__ int64_t flat_row(int row, const Problem& p) const {
-        return (tile.batch * p.query_heads + head(row)) * p.query_len + query(row);
+    __device__ int64_t flat_row(const Problem& p, int row) const {
+        return tile.flat_query(p, head(row), query(row));
     }
 };
 
@@ -123,16 +117,14 @@ __device__ __forceinline__ void load_rows(AttentionSmem<kDim>& smem, const Atten
 #pragma unroll 1
     for (int r = 0; r < kWarpRows; ++r) {
         int row = lane.row(r);
-        RowSupport support = {query_position(cta.query(row), problem.query_len, problem.kv_len),
-                              NAN, -1};
+        RowSupport support = {cta.tile.position_of(cta.query(row)), NAN, -1};
         const T* src = nullptr;
         if (cta.exists(row)) {
             src = static_cast<const T*>(params.query.data) +
-                  device::head_offset(params.query, cta.tile.batch, cta.head(row)) +
-                  cta.query(row) * params.query.stride_seq;
+                  params.query.offset(cta.tile.batch, cta.head(row), cta.query(row));
             if (params.threshold) {
-                support.threshold = params.threshold[cta.flat_row(row, problem)];
-                support.tie_index = params.tie_index[cta.flat_row(row, problem)];
+                support.threshold = params.threshold[cta.flat_row(problem, row)];
+                support.tie_index = params.tie_index[cta.flat_row(problem, row)];
             }
         }
         load_query(smem.queries + row * kDim, src, static_cast<int>(problem.head_dim));
@@ -173,7 +165,7 @@ __device__ __forceinline__ void store_rows(const RowState<kDim> (&states)[kWarpR
         float sum = warp_sum(state.sum);
         int row = lane.row(r);
         if (!cta.exists(row)) continue;
-        int64_t flat = cta.flat_row(row, problem);
+        int64_t flat = cta.flat_row(problem, row);
         T* out = static_cast<T*>(params.out) + flat * problem.head_dim;
 #pragma unroll
         for (int c = 0; c < kDim / 32; ++c) {
@@ -199,18 +191,16 @@ __device__ __forceinline__ void attend_keys(RowState<kDim> (&states)[kWarpRows],
                                             const AttentionParams& params, const AttentionCta& cta,
                                             int64_t first, bool listed, bool sampled) {
     const Problem& problem = params.problem;
-    const Ranges ranges = problem.ranges();
+    const Tile& tile = cta.tile;
+    const Ranges ranges = tile.ranges(problem);
     int head_dim = static_cast<int>(problem.head_dim);
-    const T* keys = static_cast<const T*>(params.key.data) +
-                    device::head_offset(params.key, cta.tile.batch, cta.tile.kv_head);
-    const T* values = static_cast<const T*>(params.value.data) +
-                      device::head_offset(params.value, cta.tile.batch, cta.tile.kv_head);
+    const KvView keys = KvView::of(params.key, sizeof(T), tile.batch, tile.kv_head);
+    const KvView values = KvView::of(params.value, sizeof(T), tile.batch, tile.kv_head);
     Lane lane;
     constexpr int kStride = KeyTile<kDim>::kStride;
 
     __syncthreads();  // everyone is done with the previous values
-    stage_rows(smem.tile.element, kStride, keys, params.key.stride_seq, first, problem.kv_len,
-               head_dim);
+    stage_rows<T>(smem.tile.element, kStride, keys, first, tile.kv_len, head_dim);
     __syncthreads();
     float score[kWarpRows];
     score_rows(score, smem.queries + lane.row(0) * kDim, kDim,
@@ -224,8 +214,7 @@ __device__ __forceinline__ void attend_keys(RowState<kDim> (&states)[kWarpRows],
         if (sampled) states[r].sample(score[r], weight);
     }
     __syncthreads();  // everyone is done with the keys; the warp's weights are written
-    stage_rows(smem.tile.element, kStride, values, params.value.stride_seq, first, problem.kv_len,
-               head_dim);
+    stage_rows<T>(smem.tile.element, kStride, values, first, tile.kv_len, head_dim);
     __syncthreads();
     add_values(states, smem);
 }
@@ -251,7 +240,9 @@ __device__ __forceinline__ void attend_pools(RowState<kDim> (&states)[kWarpRows]
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
         float weighted = keys > 0 ? score[r] + logf(static_cast<float>(keys)) : -INFINITY;
-        smem.weights[lane.warp][lane.lane][r] = states[r].weigh(weighted);
+        const float weight = states[r].weigh(weighted);
+        smem.weights[lane.warp][lane.lane][r] = weight;
+        states[r].omitted.add_pools(weight);
     }
     __syncthreads();  // everyone is done with the keys; the warp's weights are written
     stage_pools<T, kDim>(tile, smem.far, params, head, far, 1, first);
@@ -262,8 +253,8 @@ __device__ __forceinline__ void attend_pools(RowState<kDim> (&states)[kWarpRows]
 // 256 channels take more registers than two CTAs leave each other.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ int parts, uint32_t* error_word) {
+    attention_simt_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ int parts, uint32_t* error_word) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<AttentionSmem<kDim>*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -273,34 +264,30 @@ __global__ void __launch_bounds__(kThreads, kDim <= 128 ? 2 : 1)
     RowState<kDim> states[kWarpRows];
     load_rows<T, kDim>(smem, params, cta);
 
-    const Ranges ranges = problem.ranges();
+    const Ranges ranges = cta.tile.ranges(problem);
     const TileSpan span = cta.tile.span();
-    const bool has_far = params.far_field.key.given();  // then blocks are attended whole
-    // Thresholds judge single keys, so every visible block has to be scored.
-    device::BlockWalk walk =
-        params.threshold ? device::BlockWalk(ranges, span) : device::tile_walk(params, cta.tile);
-    for (device::BlockStep step = walk.next(); step.block != INT_MAX; step = walk.next()) {
+    const bool has_far = params.far_field.key.given();
+    AttentionWalk walk(
+        params, cta.tile,
+        {has_far, params.threshold != nullptr, params.omitted_mass_estimate != nullptr});
+    for (AttentionWalk::Step step = walk.next(); step.block != INT_MAX; step = walk.next()) {
         int64_t begin = int64_t{step.block} * kBlockKeys;
-        const bool sampled =
-            params.omitted_mass_estimate && step.sampled &&
-            block_cover(ranges, span, step.block, /*listed=*/true) == BlockCover::kFull;
         for (int64_t first = begin; first < begin + kBlockKeys; first += kTileKeys) {
-            if (first >= problem.kv_len || (problem.causal && first > span.last)) break;
-            attend_keys<T, kDim>(states, smem, params, cta, first, step.listed || has_far, sampled);
+            if (first >= ranges.kv_len || (problem.causal && first > span.last)) break;
+            attend_keys<T, kDim>(states, smem, params, cta, first, step.whole, step.sampled);
         }
-        if (sampled)
+        if (step.sampled)
             for (RowState<kDim>& state : states) state.end_block();
     }
-    for (RowState<kDim>& state : states) state.kept = state.sum;
     if (has_far) {
-        const device::FarTile far(device::FarShape::of(problem.kv_len), ranges, span);
-        if (threadIdx.x == 0) smem.far.walk.set(params, cta.tile);
+        const device::FarTile far(device::FarShape::of(ranges.kv_len), ranges, span);
+        if (threadIdx.x < 32) smem.far.walk.record(params, cta.tile, far.end);
         __syncthreads();  // all see it
         for (int first = 0; first < far.pools(); first += kTileKeys)
             attend_pools<T, kDim>(states, smem, params, cta.tile.flat_kv_head(problem), far, first);
     }
     store_rows<T, kDim>(states, params, cta);
-    if (walk.errors && threadIdx.x == 0) atomicOr(error_word, walk.errors);
+    if (walk.errors() && threadIdx.x == 0) atomicOr(error_word, walk.errors());
 }
 
 template <class T, int kDim>
@@ -309,7 +296,7 @@ Status launch_attention(const AttentionParams& params, const LaunchContext& cont
     int tile_rows = tile_positions(p.group()) * p.group();
     int parts = static_cast<int>(ceil_div(tile_rows, kCtaRows));
     Grid grid = {p.batch * p.kv_heads * num_tiles(p.query_len, p.group()) * parts};
-    return launch(attention_kernel<T, kDim>, "attention_simt", grid, kThreads,
+    return launch(attention_simt_kernel<T, kDim>, "attention_simt", grid, kThreads,
                   sizeof(AttentionSmem<kDim>), context, params, parts, context.error_word);
 }
 

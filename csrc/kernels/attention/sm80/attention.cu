@@ -12,7 +12,7 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
     int rows = tile_positions(p.group()) * p.group();
     int parts = static_cast<int>(ceil_div(rows, Traits::kRows));
     Grid grid = {p.batch * p.kv_heads * num_tiles(p.query_len, p.group()) * parts};
-    return launch(sm80::attention_kernel<Traits>, "attention_sm80", grid, Traits::kThreads,
+    return launch(sm80::attention_sm80_kernel<Traits>, "attention_sm80", grid, Traits::kThreads,
                   sizeof(typename Traits::Smem), context, params, parts, context.error_word);
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device/far_rows.h"
-#include "device/jensen_gap.h"
+#include "device/omitted_rows.h"
 #include "device/smem_tile.h"
 
 namespace condensate::kernels::sm80 {
@@ -20,22 +20,22 @@ __device__ __forceinline__ void set_far_bias(typename Traits::Smem& smem,
 // pools become zero.
 template <class Traits>
 __device__ __forceinline__ void load_far_means(typename Traits::Smem& smem,
-                                               const AttentionParams& params,
-                                               const device::TileRows& tile,
+                                               const AttentionParams& params, const Tile& tile,
                                                const device::FarTile& far, int first) {
     using T = typename Traits::T;
     const Problem& p = params.problem;
     const int head = tile.flat_kv_head(p);
     const int head_dim = static_cast<int>(p.head_dim);
-    const T* means = static_cast<const T*>(params.far_field.means);
     for (int stage = 0; stage < Traits::kStages; ++stage, first += Traits::kStepKeys) {
-        const T* rows = means + first * p.head_dim;
-        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.k[stage]), rows + device::far_pools_offset(p, far, 0, head),
-            p.head_dim, far.pools() - first, head_dim);
-        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.v[stage]), rows + device::far_pools_offset(p, far, 1, head),
-            p.head_dim, far.pools() - first, head_dim);
+        auto copy = [&](int which, T* rows_smem) {
+            const T* rows = static_cast<const T*>(params.far_field.means) +
+                            device::far_pools_offset(p, far, which, head) + first * p.head_dim;
+            device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+                ptx::smem_address(rows_smem), KvView{rows, p.head_dim}, 0, far.pools() - first,
+                head_dim);
+        };
+        copy(0, smem.k[stage]);
+        copy(1, smem.v[stage]);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -82,13 +82,13 @@ template <class Traits>
 __device__ __noinline__ int make_far_rows(typename Traits::Smem& smem,
                                           const AttentionParams& params, int64_t tile_index,
                                           int first) {
-    const device::TileRows tile = device::TileRows::from_index(params.problem, tile_index);
-    const Ranges ranges = params.problem.ranges();
+    const Tile tile = Tile::longest_first(params.problem, tile_index);
+    const Ranges ranges = tile.ranges(params.problem);
     const device::FarTile far(device::FarShape::of(ranges.kv_len), ranges, tile.span());
     if (first >= far.pools()) return 0;
     if (first == 0) {
         set_far_bias<Traits>(smem, far, params.problem.scale);
-        if (threadIdx.x == 0) smem.walk.set(params, tile);
+        if (threadIdx.x < 32) smem.walk.record(params, tile, far.end);
     }
     load_far_means<Traits>(smem, params, tile, far, first);
     __syncthreads();  // premade rows and their bias are there
@@ -114,32 +114,19 @@ __device__ __forceinline__ void for_far_steps(typename Traits::Smem& smem,
     }
 }
 
-// What a warp's rows gather for their estimate of the omitted mass.
+// What a warp's rows gather for their estimates, from blocks of one or two steps.
 template <class Traits>
-struct FarShare {
+struct OmittedSteps : device::OmittedRows<Traits::kMTiles> {
     using Softmax = device::OnlineSoftmax<Traits::kMTiles>;
     using Sums = float[Traits::kMTiles][2];
 
-    Sums pools = {};  // a lane's share of the rows' sums, as far as it is pools'
     device::BlockSums<Traits::kMTiles> block;
-    device::JensenGap<Traits::kMTiles> gap;
     bool half_block = false;  // `block` has the first of two steps
 
-    // While there are nothing but pools in the sums.
-    __device__ __forceinline__ void set_pools(const Softmax& softmax) {
-#pragma unroll
-        for (int m = 0; m < Traits::kMTiles; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) pools[m][half] = softmax.row_sum[m][half];
-    }
     __device__ __forceinline__ void rescale(const Sums& factor) {
-#pragma unroll
-        for (int m = 0; m < Traits::kMTiles; ++m)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) pools[m][half] *= factor[m][half];
+        device::OmittedRows<Traits::kMTiles>::rescale(factor);
         block.rescale_weights(factor);
     }
-
     // A sampled block's scores, then its weights; twice where a step is half a block.
     __device__ __forceinline__ void add_scores(
         const float (&s)[Traits::kMTiles][Traits::kNTiles][4]) {
@@ -150,27 +137,8 @@ struct FarShare {
         block.add_weights(weights);
         if (Traits::kStepKeys < kBlockKeys) half_block = !half_block;
         if (half_block) return;
-        gap.add(block, softmax, scale_log2);
+        this->add_block(block, softmax, scale_log2);
         block = {};
-    }
-
-    __device__ __forceinline__ void store(const AttentionParams& params,
-                                          const device::TileRows& tile, int warp_first_row,
-                                          const Softmax& softmax) const {
-        const int lane = static_cast<int>(threadIdx.x) & 31;
-#pragma unroll
-        for (int m = 0; m < Traits::kMTiles; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = warp_first_row + 16 * m + 8 * half + lane / 4;
-                const float condensed = device::quad_sum(pools[m][half]);
-                const float kept = softmax.row_sum[m][half] - condensed;
-                const float share = device::omitted_share(condensed, kept, gap.mean(m, half));
-                if (lane % 4 == 0 && tile.exists(row))
-                    params.omitted_mass_estimate[tile.flat_row(row, params.problem.query_heads)] =
-                        share;
-            }
-        }
     }
 };
 

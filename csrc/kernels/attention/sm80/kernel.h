@@ -2,8 +2,8 @@
 // warps of 16 or 32 rows, K and V double-buffered by cp.async.
 #pragma once
 
-#include "condensate/params.h"
-#include "device/jensen_gap.h"
+#include "condensate/kv_view.h"
+#include "condensate/tile.h"
 #include "device/mma_tile.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
@@ -17,8 +17,8 @@ namespace condensate::kernels::sm80 {
 
 template <class Traits>
 __device__ __forceinline__ void load_queries(typename Traits::Smem& smem,
-                                             const AttentionParams& params,
-                                             const device::TileRows& tile, int first_row) {
+                                             const AttentionParams& params, const Tile& tile,
+                                             int first_row) {
     using T = typename Traits::T;
     constexpr int kChunks = Traits::kDim / 8;
     const T* query = static_cast<const T*>(params.query.data);
@@ -27,10 +27,10 @@ __device__ __forceinline__ void load_queries(typename Traits::Smem& smem,
         int row = i / kChunks, chunk = i % kChunks;
         bool copy = tile.exists(first_row + row) && chunk * 8 < params.problem.head_dim;
         const T* src = query;
-        if (copy) {
-            src += device::head_offset(params.query, tile.batch, tile.head(first_row + row)) +
-                   tile.query(first_row + row) * params.query.stride_seq + chunk * 8;
-        }
+        if (copy)
+            src += params.query.offset(tile.batch, tile.head(first_row + row),
+                                       tile.query(first_row + row)) +
+                   chunk * 8;
         ptx::cp_async_16(q_smem + device::tile_offset<Traits::kDim>(row, chunk), src, copy);
     }
 }
@@ -44,15 +44,15 @@ struct RowThresholds {
 
 template <class Traits>
 __device__ __forceinline__ void load_thresholds(RowThresholds<Traits::kMTiles>& thresholds,
-                                                const AttentionParams& params,
-                                                const device::TileRows& tile, int warp_first_row) {
+                                                const AttentionParams& params, const Tile& tile,
+                                                int warp_first_row) {
 #pragma unroll
     for (int m = 0; m < Traits::kMTiles; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             int row = warp_first_row + 16 * m + 8 * half + (threadIdx.x & 31) / 4;
             bool exists = tile.exists(row);
-            int64_t flat = exists ? tile.flat_row(row, params.problem.query_heads) : 0;
+            int64_t flat = exists ? tile.flat_row(params.problem, row) : 0;
             thresholds.score[m][half] = exists ? params.threshold[flat] : INFINITY;
             thresholds.tie[m][half] = exists ? params.tie_index[flat] : -1;
         }
@@ -63,8 +63,7 @@ __device__ __forceinline__ void load_thresholds(RowThresholds<Traits::kMTiles>& 
 template <class Traits>
 __device__ __forceinline__ void mask_scores(float (&s)[Traits::kMTiles][Traits::kNTiles][4],
                                             const Ranges& ranges, const Step& step,
-                                            const device::TileRows& tile, int warp_first_row,
-                                            float scale,
+                                            const Tile& tile, int warp_first_row, float scale,
                                             const RowThresholds<Traits::kMTiles>& thresholds) {
     int lane_row = (threadIdx.x & 31) / 4, lane_key = 2 * (threadIdx.x & 3);
 #pragma unroll
@@ -74,7 +73,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[Traits::kMTiles][Traits::
             int64_t position = tile.position(warp_first_row + 16 * m + 8 * half + lane_row);
             uint64_t visible = device::visible_bits(ranges, position, step.key_begin) >> lane_key;
             uint64_t kept =
-                step.listed ? ~0ull : device::range_bits(ranges, position, step.key_begin);
+                step.whole ? ~0ull : device::range_bits(ranges, position, step.key_begin);
             kept = visible & (kept >> lane_key);
 #pragma unroll
             for (int n = 0; n < Traits::kNTiles; ++n) {
@@ -132,9 +131,8 @@ __device__ __forceinline__ void accumulate_values(
 // Divides by the sums and writes a warp's rows: registers -> its own rows of smem.q -> global.
 template <class Traits>
 __device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
-                                           const AttentionParams& params,
-                                           const device::TileRows& tile, int first_row,
-                                           int warp_row,
+                                           const AttentionParams& params, const Tile& tile,
+                                           int first_row, int warp_row,
                                            const float (&out)[Traits::kMTiles][Traits::kDTiles][4],
                                            const device::OnlineSoftmax<Traits::kMTiles>& softmax) {
     using T = typename Traits::T;
@@ -155,8 +153,7 @@ __device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
                     out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
             }
             if (params.lse && (lane & 3) == 0 && tile.exists(first_row + row)) {
-                params.lse[tile.flat_row(first_row + row, params.problem.query_heads)] =
-                    softmax.lse(m, half);
+                params.lse[tile.flat_row(params.problem, first_row + row)] = softmax.lse(m, half);
             }
         }
     }
@@ -165,7 +162,7 @@ __device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
     for (int i = lane; i < Traits::kWarpRows * kChunks; i += 32) {
         int row = warp_row + i / kChunks, chunk = i % kChunks;
         if (chunk * 8 >= params.problem.head_dim || !tile.exists(first_row + row)) continue;
-        int64_t flat = tile.flat_row(first_row + row, params.problem.query_heads);
+        int64_t flat = tile.flat_row(params.problem, first_row + row);
         *reinterpret_cast<uint4*>(out_gmem + flat * params.problem.head_dim + chunk * 8) =
             *reinterpret_cast<const uint4*>(rows_smem +
                                             device::tile_offset<Traits::kDim>(row, chunk));
@@ -175,36 +172,32 @@ __device__ __forceinline__ void store_rows(typename Traits::Smem& smem,
 // `parts` CTAs share a tile's rows.
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ int parts, uint32_t* error_word) {
+    attention_sm80_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ int parts, uint32_t* error_word) {
     using T = typename Traits::T;
     extern __shared__ __align__(128) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
 
     const Problem& problem = params.problem;
-    const auto tile = device::TileRows::from_index(problem, blockIdx.x / parts);
+    const auto tile = Tile::longest_first(problem, blockIdx.x / parts);
     const int first_row = static_cast<int>(blockIdx.x % parts) * Traits::kRows;
     const int warp_row = static_cast<int>(threadIdx.x / 32) * Traits::kWarpRows;
-    const Ranges ranges = problem.ranges();
-    const TileSpan span = tile.span();
+    const Ranges ranges = tile.ranges(problem);
 
     RowThresholds<Traits::kMTiles> thresholds;
     if constexpr (Traits::kExact) {
         load_thresholds<Traits>(thresholds, params, tile, first_row + warp_row);
     }
 
-    const T* key = static_cast<const T*>(params.key.data) +
-                   device::head_offset(params.key, tile.batch, tile.kv_head);
-    const T* value = static_cast<const T*>(params.value.data) +
-                     device::head_offset(params.value, tile.batch, tile.kv_head);
+    const KvView keys = KvView::of(params.key, sizeof(T), tile.batch, tile.kv_head);
+    const KvView values = KvView::of(params.value, sizeof(T), tile.batch, tile.kv_head);
     auto load_step = [&](const Step& step, int stage) {
-        int64_t valid = problem.kv_len - step.key_begin;
-        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.k[stage]), key + step.key_begin * params.key.stride_seq,
-            params.key.stride_seq, valid, static_cast<int>(problem.head_dim));
-        device::copy_tile_async<Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
-            ptx::smem_address(smem.v[stage]), value + step.key_begin * params.value.stride_seq,
-            params.value.stride_seq, valid, static_cast<int>(problem.head_dim));
+        const int64_t first = step.key_begin, valid = tile.kv_len - first;
+        const int head_dim = static_cast<int>(problem.head_dim);
+        device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+            ptx::smem_address(smem.k[stage]), keys, first, valid, head_dim);
+        device::copy_tile_async<T, Traits::kStepKeys, Traits::kDim, Traits::kThreads>(
+            ptx::smem_address(smem.v[stage]), values, first, valid, head_dim);
     };
 
     float out[Traits::kMTiles][Traits::kDTiles][4] = {};
@@ -214,17 +207,19 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
         device::score_tile<T, Traits::kDim>(scores, ptx::smem_address(smem.q), warp_row,
                                             ptx::smem_address(smem.k[stage]));
     };
-    FarShare<Traits> far;
+    OmittedSteps<Traits> omitted;
+    // `pools`: they are scores of pooled rows.
     auto accumulate = [&](float (&scores)[Traits::kMTiles][Traits::kNTiles][4], int stage,
-                          bool sampled) {
+                          bool pools, bool sampled) {
         float rescale[Traits::kMTiles][2], weights[1][Traits::kMTiles][2];
-        if (sampled) far.add_scores(scores);
+        if (sampled) omitted.add_scores(scores);
         if (softmax.raise(scores, scale_log2, rescale)) {
             device::scale_rows(out, rescale);
-            if constexpr (Traits::kEstimates) far.rescale(rescale);
+            if constexpr (Traits::kEstimates) omitted.rescale(rescale);
         }
         softmax.template weigh<Traits::kNTiles>(scores, scale_log2, weights);
-        if (sampled) far.add_weights(weights[0], softmax, scale_log2);
+        if (Traits::kEstimates && pools) omitted.add_pools(weights[0]);
+        if (sampled) omitted.add_weights(weights[0], softmax, scale_log2);
         accumulate_values<Traits>(out, scores, ptx::smem_address(smem.v[stage]));
     };
 
@@ -235,14 +230,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
             score(scores, stage);
             if (problem.scale < 0.0f) device::negate(scores);
             add_far_bias(scores, bias);
-            accumulate(scores, stage, false);
-            far.set_pools(softmax);
+            accumulate(scores, stage, true, false);
         });
 
-    StepWalk<Traits> walk(
-        ranges, span,
-        Traits::kExact ? device::BlockWalk(ranges, span) : device::tile_walk(params, tile),
-        params.omitted_mass_estimate != nullptr);
+    StepWalk<Traits> walk(params, tile);
     Step step = walk.next();
     if (step.key_begin >= 0) load_step(step, 0);
     ptx::cp_async_commit();
@@ -261,7 +252,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
                                 thresholds);
         }
         if (problem.scale < 0.0f) device::negate(scores);
-        accumulate(scores, stage, Traits::kEstimates && step.sampled);
+        accumulate(scores, stage, false, Traits::kEstimates && step.sampled);
         step = next;
     }
 
@@ -269,7 +260,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
     __syncthreads();  // a tile without steps has not waited for its queries, which `out` replaces
     softmax.reduce_sums();
     if (Traits::kEstimates && params.omitted_mass_estimate)
-        far.store(params, tile, first_row + warp_row, softmax);
+        omitted.store(params, tile, first_row + warp_row, softmax);
     store_rows<Traits>(smem, params, tile, first_row, warp_row, out, softmax);
     if (walk.errors() && threadIdx.x == 0) atomicOr(error_word, walk.errors());
 }

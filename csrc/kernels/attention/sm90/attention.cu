@@ -44,7 +44,7 @@ Status run(const AttentionParams& params, const LaunchContext& context) {
     if (!status.ok()) return status;
     const auto schedule = sm90::Schedule::of(p);
     Grid grid = {min_i64(schedule.tiles(), int64_t{context.sm_count} * Traits::kCtasPerSm)};
-    return launch(sm90::attention_kernel<Traits>, "attention_sm90", grid, Traits::kThreads,
+    return launch(sm90::attention_sm90_kernel<Traits>, "attention_sm90", grid, Traits::kThreads,
                   sizeof(typename Traits::Smem), context, params, maps, schedule,
                   context.error_word);
 }

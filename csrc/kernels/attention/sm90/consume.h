@@ -2,13 +2,13 @@
 // step with its values, the warps turn the next step's scores into weights.
 #pragma once
 
+#include "condensate/tile.h"
 #include "device/far_rows.h"
-#include "device/jensen_gap.h"
+#include "device/omitted_rows.h"
 #include "device/pack.h"
 #include "device/row_mask.h"
 #include "device/smem_tile.h"
 #include "device/softmax.h"
-#include "device/tile_rows.h"
 #include "kernels/attention/sm90/pipeline.h"
 #include "kernels/attention/sm90/tensors.h"
 #include "kernels/attention/sm90/traits.h"
@@ -28,23 +28,22 @@ class Consumer {
     using Output = float[1][Traits::kDTiles][4];
     using Weights = uint32_t[Traits::kNTiles / 2][4];
     using BlockSums = device::BlockSums<1>[Traits::kStepBlocks];
-    using Gap = device::JensenGap<1>;
+    using Omitted = device::OmittedRows<1>;
 
     __device__ Consumer(Smem& smem, const AttentionParams& params, const TensorMaps& maps)
         : smem_(smem),
           params_(params),
           maps_(maps),
-          ranges_(params.problem.ranges()),
           scale_log2_(device::exponent_scale(params.problem.scale)),
           warpgroup_(static_cast<int>(threadIdx.x) / 128) {}
 
-    __device__ void tile(const device::TileRows& tile) {
+    __device__ void tile(const Tile& tile) {
         Output out = {};
         Scores scores;
         Weights weights;
         device::OnlineSoftmax<1> softmax;
         BlockSums sums;
-        Gap gap;
+        Omitted omitted;
         float rescale[1][2];
 
         ptx::mbarrier_wait(ptx::smem_address(&smem_.q_full), q_parity_);
@@ -62,7 +61,7 @@ class Consumer {
             const int sampled = Traits::kEstimates ? step.sampled : 0;
             step = start_scores(scores);
             start_values(out, weights);
-            add_gaps(sampled, sums, softmax, gap);  // while the tensor cores are busy
+            add_gaps(sampled, sums, softmax, omitted);  // while the tensor cores are busy
             ptx::wgmma_wait<1>();
             ptx::pin_registers(scores[0]);
             release_scored(step);
@@ -80,22 +79,17 @@ class Consumer {
         while (!step.last && !(Traits::kFar && step.far_next))
             turn([&] { mask_blocks(scores, step, tile); },
                  [&](bool) { weigh_blocks(scores, step, softmax, sums); });
-        float kept[2] = {softmax.row_sum[0][0], softmax.row_sum[0][1]};  // a lane's share
         if constexpr (Traits::kFar)
             while (!step.last)
                 turn([&] { add_far_bias(scores, step); },
-                     [&](bool raised) {
-                         for (int half = 0; half < 2; ++half)
-                             kept[half] *= raised ? rescale[0][half] : 1.0f;
-                         softmax.weigh(scores, scale_log2_);
-                     });
+                     [&](bool raised) { weigh_pools(scores, softmax, raised, rescale, omitted); });
         start_values(out, weights);
         ptx::wgmma_wait<0>();
         ptx::pin_registers(out[0]);
         release_values();
         if (Traits::kFar && !step.far) await_no_far_step();
         softmax.reduce_sums();
-        if constexpr (Traits::kEstimates) store_estimate(tile, softmax, kept, gap);
+        if constexpr (Traits::kEstimates) omitted.store(params_, tile, warp_row(), softmax);
         store(tile, out, softmax);
     }
 
@@ -180,8 +174,8 @@ class Consumer {
     }
 
     // Drops the scores outside the rows' supports, and turns the others' signs to the weights'.
-    __device__ void mask_blocks(Scores& scores, const Step& step,
-                                const device::TileRows& tile) const {
+    __device__ void mask_blocks(Scores& scores, const Step& step, const Tile& tile) const {
+        const Ranges ranges = tile.ranges(params_.problem);
 #pragma unroll
         for (int j = 0; j < Traits::kStepBlocks; ++j) {
             if (step.full[j]) continue;
@@ -189,9 +183,9 @@ class Consumer {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 int64_t position = tile.position(warp_row() + 8 * half + lane() / 4);
-                uint64_t kept = device::visible_bits(ranges_, position, key_begin);
-                if (!Traits::kFar && !step.listed[j])
-                    kept &= device::range_bits(ranges_, position, key_begin);
+                uint64_t kept = device::visible_bits(ranges, position, key_begin);
+                if (!Traits::kFar && !step.whole[j])
+                    kept &= device::range_bits(ranges, position, key_begin);
                 kept >>= 2 * (lane() & 3);
 #pragma unroll
                 for (int n = 0; n < 8; ++n)
@@ -221,12 +215,23 @@ class Consumer {
     }
     // Adds the gaps of what weigh_blocks() kept.
     __device__ void add_gaps(int sampled, const BlockSums& sums,
-                             const device::OnlineSoftmax<1>& softmax, Gap& gap) const {
+                             const device::OnlineSoftmax<1>& softmax, Omitted& omitted) const {
         if constexpr (Traits::kEstimates) {
             if (sampled == 0) return;
 #pragma unroll
             for (int j = 0; j < Traits::kStepBlocks; ++j)
-                if (sampled >> j & 1) gap.add(sums[j], softmax, scale_log2_);
+                if (sampled >> j & 1) omitted.add_block(sums[j], softmax, scale_log2_);
+        }
+    }
+
+    // Turns the scores of pools into weights, and adds those up for the estimate.
+    __device__ void weigh_pools(Scores& scores, device::OnlineSoftmax<1>& softmax, bool raised,
+                                const float (&rescale)[1][2], Omitted& omitted) const {
+        float weights[1][1][2];
+        softmax.template weigh<Traits::kNTiles>(scores, scale_log2_, weights);
+        if constexpr (Traits::kEstimates) {
+            if (raised) omitted.rescale(rescale);
+            omitted.add_pools(weights[0]);
         }
     }
 
@@ -241,24 +246,8 @@ class Consumer {
             }
     }
 
-    // `kept`: a lane's share of the sum before the far field's steps.
-    __device__ void store_estimate(const device::TileRows& tile,
-                                   const device::OnlineSoftmax<1>& softmax, const float (&kept)[2],
-                                   const Gap& gap) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = warp_row() + 8 * half + lane() / 4;
-            const float attended = device::quad_sum(kept[half]);
-            const float pools = softmax.row_sum[0][half] - attended;
-            const float share = device::omitted_share(pools, attended, gap.mean(0, half));
-            if ((lane() & 3) == 0 && tile.exists(row))
-                params_.omitted_mass_estimate[tile.flat_row(row, params_.problem.query_heads)] =
-                    share;
-        }
-    }
-
     // Divides by the sums and writes the warpgroup's rows: registers -> shared -> global.
-    __device__ void store(const device::TileRows& tile, const Output& out,
+    __device__ void store(const Tile& tile, const Output& out,
                           const device::OnlineSoftmax<1>& softmax) {
         const bool leader = threadIdx.x % 128 == 0;
         const int barrier = kWarpgroupStore + warpgroup_;
@@ -278,14 +267,14 @@ class Consumer {
                     out[0][n][2 * half] * inverse, out[0][n][2 * half + 1] * inverse);
             }
             if (params_.lse && (lane() & 3) == 0 && tile.exists(row))
-                params_.lse[tile.flat_row(row, params_.problem.query_heads)] = softmax.lse(0, half);
+                params_.lse[tile.flat_row(params_.problem, row)] = softmax.lse(0, half);
         }
         ptx::fence_async_proxy();
         ptx::named_barrier_sync(barrier, 128);  // all rows are written
         if (leader) store_boxes(tile);
     }
 
-    __device__ void store_boxes(const device::TileRows& tile) const {
+    __device__ void store_boxes(const Tile& tile) const {
         const int box_rows = maps_.box_heads * tile.positions;
         const int begin = warpgroup_ * 64, end = min(begin + 64, tile.rows());
 #pragma unroll
@@ -300,7 +289,6 @@ class Consumer {
     Smem& smem_;
     const AttentionParams& params_;
     const TensorMaps& maps_;
-    const Ranges ranges_;
     const float scale_log2_;
     const int warpgroup_;
     Ring<Traits::kKeyStages> k_ring_;

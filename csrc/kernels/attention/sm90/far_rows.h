@@ -26,14 +26,12 @@ class FarRows {
           maps_(maps),
           thread_(static_cast<int>(threadIdx.x) - 32 * (Traits::kConsumerWarps + 1)) {}
 
-    __device__ void tile(const device::TileRows& tile) {
-        const device::FarTile far(maps_.far, params_.problem.ranges(), tile.span());
+    __device__ void tile(const Tile& tile) {
+        const device::FarTile far(maps_.far, tile.ranges(params_.problem), tile.span());
         head_ = tile.flat_kv_head(params_.problem);
         record_walk(tile, far);
-        const device::WalkCount walked = smem_.walked;
-        pass_steps(max((walked.all + Traits::kStepBlocks - 1) / Traits::kStepBlocks, 1));
         await(&smem_.out_free, 1);
-        if (walked.below == far.end) return release(&smem_.no_far_step);  // nothing to condense
+        if (smem_.walked == far.end) return release(&smem_.no_far_step);  // nothing to condense
         set_bias(far);
         // First the rows that fit where the output was, then the stages, K and V in turn.
         const int stages = 2 * ((far.pools() + Traits::kStepKeys - 1) / Traits::kStepKeys);
@@ -54,14 +52,10 @@ class FarRows {
     using Packed = typename Channels::Packed;
     using Panels = T[Traits::kPanels][Traits::kStepKeys * 64];
 
-    __device__ void record_walk(const device::TileRows& tile, const device::FarTile& far) {
+    __device__ void record_walk(const Tile& tile, const device::FarTile& far) {
         ptx::named_barrier_sync(kFarThreads, kThreads);  // nobody reads the last tile's any more
-        if (thread_ < 32) smem_.walked = smem_.walk.set_by_warp(params_, tile, far.end);
+        if (thread_ < 32) smem_.walked = smem_.walk.record(params_, tile, far.end).below;
         ptx::named_barrier_sync(kFarThreads, kThreads);
-    }
-
-    __device__ void pass_steps(int steps) {
-        steps_ = (steps_ + steps) % (Traits::kKeyStages * Traits::kValueStages);
     }
 
     // Far stages count on, K (0) and V (1) of the first far step, then of the next.
@@ -75,9 +69,16 @@ class FarRows {
               2u << stage);
     }
 
+    // Where the rows of an awaited far stage lie.
     __device__ Panels& panels(int stage) {
-        return which(stage) == 0 ? smem_.k[steps_ % Traits::kKeyStages]
-                                 : smem_.v[steps_ % Traits::kValueStages];
+        const int step = stage / 2;
+        return which(stage) == 0 ? smem_.k[smem_.far_stage_k[step]]
+                                 : smem_.v[smem_.far_stage_v[step]];
+    }
+    __device__ uint64_t* full(int stage) {
+        const int step = stage / 2;
+        return which(stage) == 0 ? &smem_.k_full[smem_.far_stage_k[step]]
+                                 : &smem_.v_full[smem_.far_stage_v[step]];
     }
 
     // Makes the rows of a far stage what they should be, and hands it to the consumers.
@@ -85,9 +86,7 @@ class FarRows {
         Panels& rows = panels(stage);
         replace_rows(stage, changed, rows);
         if (which(stage) == 1) clear_rows(far.pools() - first_pool(stage), rows);
-        release(which(stage) == 0 ? &smem_.k_full[steps_ % Traits::kKeyStages]
-                                  : &smem_.v_full[steps_ % Traits::kValueStages]);
-        if (which(stage) == 1) pass_steps(1);
+        release(full(stage));
     }
 
     // Every pool's bias as if nothing of it were walked.
@@ -179,7 +178,6 @@ class FarRows {
     const TensorMaps& maps_;
     const int thread_;       // of these warps
     int head_ = 0;           // of the tile, in [B, Hkv]
-    int steps_ = 0;          // passed, modulo the round in which all stages come back
     uint32_t parities_ = 0;  // bit 0 of out_free, bit 1 + s of far stage s
 };
 

@@ -35,9 +35,9 @@ __device__ void init_barriers(typename Traits::Smem& smem) {
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
-    attention_kernel(const __grid_constant__ AttentionParams params,
-                     const __grid_constant__ TensorMaps maps,
-                     const __grid_constant__ Schedule schedule, uint32_t* error_word) {
+    attention_sm90_kernel(const __grid_constant__ AttentionParams params,
+                          const __grid_constant__ TensorMaps maps,
+                          const __grid_constant__ Schedule schedule, uint32_t* error_word) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<typename Traits::Smem*>(smem_bytes);
     if (threadIdx.x == 0) init_barriers<Traits>(smem);
@@ -48,21 +48,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         if constexpr (Traits::kFar) {
             if (threadIdx.x >= 32 * (Traits::kConsumerWarps + 1)) {
                 FarRows<Traits> rows(smem, params, maps);
-                schedule.for_each(params.problem,
-                                  [&](const device::TileRows& tile) { rows.tile(tile); });
+                schedule.for_each(params.problem, [&](const Tile& tile) { rows.tile(tile); });
                 return;
             }
         }
         if (threadIdx.x != 32 * Traits::kConsumerWarps) return;
         Producer<Traits> producer(smem, params, maps);
-        schedule.for_each(params.problem,
-                          [&](const device::TileRows& tile) { producer.tile(tile); });
+        schedule.for_each(params.problem, [&](const Tile& tile) { producer.tile(tile); });
         if (producer.errors) atomicOr(error_word, producer.errors);
     } else {
         ptx::claim_registers<Traits::kConsumerRegisters>();
         Consumer<Traits> consumer(smem, params, maps);
-        schedule.for_each(params.problem,
-                          [&](const device::TileRows& tile) { consumer.tile(tile); });
+        schedule.for_each(params.problem, [&](const Tile& tile) { consumer.tile(tile); });
         if (threadIdx.x % 128 == 0) ptx::tensor_store_wait_read();  // before the memory goes away
     }
 }

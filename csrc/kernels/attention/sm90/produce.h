@@ -22,14 +22,12 @@ class Producer {
     __device__ Producer(Smem& smem, const AttentionParams& params, const TensorMaps& maps)
         : smem_(smem), params_(params), maps_(maps) {}
 
-    __device__ void tile(const device::TileRows& tile) {
+    __device__ void tile(const Tile& tile) {
         load_queries(tile);
-        const Ranges ranges = params_.problem.ranges();
-        const TileSpan span = tile.span();
-        const device::FarTile far(maps_.far, ranges, span);
-        int64_t condensed = Traits::kFar ? far.all_keys() : 0;  // keys, less the walked ones
-        device::BlockWalk walk = device::tile_walk(params_, tile);
-        device::BlockStep block = walk.next();
+        const device::FarTile far(maps_.far, tile.ranges(params_.problem), tile.span());
+        int condensed = Traits::kFar ? far.end : 0;  // blocks that are not walked
+        AttentionWalk walk(params_, tile, {Traits::kFar, false, Traits::kEstimates});
+        AttentionWalk::Step block = walk.next();
         bool last = false;
         while (!last) {  // at least one step, perhaps without blocks
             Step step;
@@ -37,12 +35,11 @@ class Producer {
 #pragma unroll
             for (int j = 0; j < Traits::kStepBlocks; ++j) {
                 bool exists = block.block != INT_MAX;
-                step.block[j] = exists ? block.block : static_cast<int>(num_blocks(ranges.kv_len));
-                step.listed[j] = block.listed || Traits::kFar;  // then blocks are attended whole
-                step.full[j] = exists && block_cover(ranges, span, block.block, step.listed[j]) ==
-                                             BlockCover::kFull;
-                if (Traits::kEstimates && step.full[j] && block.sampled) step.sampled |= 1 << j;
-                if (Traits::kFar && block.block < far.end) condensed -= far.block_keys(block.block);
+                step.block[j] = exists ? block.block : static_cast<int>(num_blocks(tile.kv_len));
+                step.whole[j] = block.whole;
+                step.full[j] = block.full;
+                if (Traits::kEstimates && block.sampled) step.sampled |= 1 << j;
+                if (Traits::kFar && block.block < far.end) --condensed;
                 if (exists) block = walk.next();
             }
             last = block.block == INT_MAX;
@@ -54,13 +51,13 @@ class Producer {
             load_step(tile, step);
         }
         if (condensed > 0) load_pools(tile, far.pools());
-        errors |= walk.errors;
+        errors |= walk.errors();
     }
 
     uint32_t errors = 0;
 
   private:
-    __device__ void load_queries(const device::TileRows& tile) {
+    __device__ void load_queries(const Tile& tile) {
         ptx::mbarrier_wait(ptx::smem_address(&smem_.q_empty), q_parity_ ^ 1);
         q_parity_ ^= 1;
         const int boxes = tile.group / maps_.box_heads;
@@ -77,7 +74,7 @@ class Producer {
     }
 
     // Premade means of the tile's pools.
-    __device__ void load_pools(const device::TileRows& tile, int pools) {
+    __device__ void load_pools(const Tile& tile, int pools) {
         for (int first = 0; first < pools; first += Traits::kStepKeys) {
             Step step = {};
             step.block[0] = first;
@@ -87,32 +84,37 @@ class Producer {
         }
     }
 
-    __device__ void load_step(const device::TileRows& tile, const Step& step) {
+    __device__ void load_step(const Tile& tile, const Step& step) {
         int s = k_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.k_empty[s]), k_ring_.parity ^ 1);
         smem_.steps[s] = step;  // seen by whoever waits for this arrival
-        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), loaded(step, 0, &smem_.k_full[s]));
+        load_rows(tile, step, 0, ptx::smem_address(smem_.k[s]), loaded(step, 0, s));
         k_ring_.advance();
 
         s = v_ring_.stage;
         ptx::mbarrier_wait(ptx::smem_address(&smem_.v_empty[s]), v_ring_.parity ^ 1);
-        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), loaded(step, 1, &smem_.v_full[s]));
+        load_rows(tile, step, 1, ptx::smem_address(smem_.v[s]), loaded(step, 1, s));
         v_ring_.advance();
     }
 
-    // Who hears that a step's rows are there: pooled rows are not what they should be yet.
-    __device__ uint32_t loaded(const Step& step, int which, uint64_t* full) {
+    // What a step's rows arrive at: those of a far step are not what they should be yet. Whoever
+    // waits for them there learns the stage.
+    __device__ uint32_t loaded(const Step& step, int which, int stage) {
         if constexpr (Traits::kFar) {
             const int far_step = step.block[0] / Traits::kStepKeys;
-            if (step.far)
-                full = which == 0 ? &smem_.far_loaded_k[far_step] : &smem_.far_loaded_v[far_step];
+            if (step.far) {
+                (which == 0 ? smem_.far_stage_k : smem_.far_stage_v)[far_step] =
+                    static_cast<uint8_t>(stage);
+                return ptx::smem_address(which == 0 ? &smem_.far_loaded_k[far_step]
+                                                    : &smem_.far_loaded_v[far_step]);
+            }
         }
-        return ptx::smem_address(full);
+        return ptx::smem_address(which == 0 ? &smem_.k_full[stage] : &smem_.v_full[stage]);
     }
 
     // Keys (`which` 0) or values of a step's blocks, or of its pools.
-    __device__ void load_rows(const device::TileRows& tile, const Step& step, int which,
-                              uint32_t dst_smem, uint32_t barrier) {
+    __device__ void load_rows(const Tile& tile, const Step& step, int which, uint32_t dst_smem,
+                              uint32_t barrier) {
         ptx::mbarrier_arrive_expect(barrier, Traits::kStageBytes);
         if (Traits::kFar && step.far)
             load_means(tile, step.block[0], which, dst_smem, barrier);
@@ -121,8 +123,8 @@ class Producer {
     }
 
     // Pools that do not exist lie behind the last one: they become zeros.
-    __device__ void load_means(const device::TileRows& tile, int first, int which,
-                               uint32_t dst_smem, uint32_t barrier) {
+    __device__ void load_means(const Tile& tile, int first, int which, uint32_t dst_smem,
+                               uint32_t barrier) {
         const int head = tile.flat_kv_head(params_.problem);
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel)
@@ -134,7 +136,7 @@ class Producer {
     }
 
     // Blocks that do not exist lie behind the last key: they become zeros.
-    __device__ void load_blocks(const device::TileRows& tile, const Step& step, const void* map,
+    __device__ void load_blocks(const Tile& tile, const Step& step, const void* map,
                                 uint32_t dst_smem, uint32_t barrier) {
 #pragma unroll
         for (int panel = 0; panel < Traits::kPanels; ++panel)

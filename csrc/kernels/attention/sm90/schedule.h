@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "device/tile_rows.h"
+#include "condensate/tile.h"
 
 namespace condensate::kernels::sm90 {
 
@@ -40,13 +40,12 @@ struct Schedule {
     }
 
   private:
-    __device__ device::TileRows tile_at(const Problem& problem, int rank) const {
+    __device__ Tile tile_at(const Problem& problem, int rank) const {
         const int group_tiles = heads_together * tiles_per_head;
         const int first_head = rank / group_tiles * heads_together;
         const int together = min(heads_together, heads - first_head);
         rank %= group_tiles;
-        return device::TileRows(problem, first_head + rank % together,
-                                tiles_per_head - 1 - rank / together);
+        return Tile(problem, first_head + rank % together, tiles_per_head - 1 - rank / together);
     }
 };
 

@@ -10,11 +10,11 @@ namespace condensate::kernels::sm90 {
 // The keys of one pipeline step, as the producer hands them to the consumers.
 template <int kStepBlocks>
 struct Step {
-    int block[kStepBlocks];     // past the last block of all keys where there is none
-                                // of a far step, the first pool
-    uint8_t full[kStepBlocks];  // every row attends every key
-    uint8_t listed[kStepBlocks];
-    bool last;  // of the tile
+    int block[kStepBlocks];      // past the last block of all keys where there is none
+                                 // of a far step, the first pool
+    uint8_t full[kStepBlocks];   // every row attends every key
+    uint8_t whole[kStepBlocks];  // every row attends every key that it sees
+    bool last;                   // of the tile
     // Set with the far field only:
     bool far;         // pooled rows instead of blocks
     bool far_next;    // are the next step's?
@@ -28,15 +28,34 @@ enum NamedBarrier : int {  // 0 is __syncthreads
     kFarThreads = 3,       // the warps that make pooled rows
 };
 
-// Shared memory of the far field. A far step's `full` barriers are those of its stages, as of every
-// step, but the warps that make its rows arrive there.
+// Barriers in shared memory. P is the producer's thread, with the bytes that it has the TMA bring;
+// C a warp of the consumers; F the warps that make pooled rows.
+//
+//   barrier         arrive       wait  when it completes
+//   q_full          P            C     the tile's queries are there
+//   q_empty         all C        P     its last scores are made: q may be overwritten
+//   k_full[s]       P            C     keys of a step, and steps[s]; of a far step F arrives, not P
+//   k_empty[s]      all C        P     the step's scores are made
+//   v_full[s]       P            C     values of a step; of a far step F arrives, not P
+//   v_empty[s]      all C        P     they are added up
+//   far_loaded_k[i] P            F     premade rows of far step i, and far_stage_k[i]
+//   far_loaded_v[i] P            F     the same of values
+//   out_free        C, a thread  F     the last tile's output has left: rows can be made there
+//                   a warpgroup
+//   no_far_step     F            C     F has passed a tile that has none
+//
+// F is never more than a tile behind: C waits for its rows, or for no_far_step, in every tile.
+
+// Shared memory of the far field.
 template <bool kFar, int kSteps, int kRecorded>
 struct FarSmem {};
 template <int kSteps, int kRecorded>
 struct FarSmem<true, kSteps, kRecorded> {
     float far_bias[kFarPools];  // log2 of a pooled row's weight in units of raw scores
     device::WalkSmem<kFarWarps, kRecorded> walk;
-    device::WalkCount walked;                             // those below far_end count as below
+    int walked;  // blocks below far_end
+    // Where the producer has a far step's rows put.
+    uint8_t far_stage_k[kSteps], far_stage_v[kSteps];
     uint64_t out_free;                                    // the last tile's output has left
     uint64_t no_far_step;                                 // nor will there be one in this tile
     uint64_t far_loaded_k[kSteps], far_loaded_v[kSteps];  // premade rows are in their stage

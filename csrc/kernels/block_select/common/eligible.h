@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "condensate/params.h"
-#include "device/tile_rows.h"
+#include "condensate/tile.h"
 
 namespace condensate::kernels::block_select {
 
@@ -49,8 +49,8 @@ struct alignas(16) EligibleBlocks {
 
 // Of a tile or scan tile.
 __device__ __forceinline__ EligibleBlocks eligible_blocks(const BlockSelectParams& params,
-                                                          const device::TileRows& tile) {
-    return EligibleBlocks(params.problem.ranges(), tile.span(),
+                                                          const Tile& tile) {
+    return EligibleBlocks(tile.ranges(params.problem), tile.span(),
                           params.whole_blocks(tile.positions));
 }
 
@@ -83,7 +83,7 @@ struct TileShortlist {
     }
 };
 
-// The blocks of device::BlockWalk over a valid list, by their place in its order, so that threads
+// The blocks of BlockWalk over a valid list, by their place in its order, so that threads
 // need not walk: anchors, entries before the window, window, entries after it.
 struct WalkedBlocks {
     const int32_t* list;

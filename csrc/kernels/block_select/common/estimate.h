@@ -67,9 +67,9 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
     auto& smem = tile.smem;
     const BlockSelectParams& params = tile.params;
     const PooledRows& pooled = smem.pooled;
-    const RangeBlocks ranges(params.problem.ranges(), pooled.tile.span());
-    const int32_t* list = params.block_indices + pooled.tile.tile_index * params.max_blocks;
-    const int count = params.block_counts[pooled.tile.tile_index];
+    const RangeBlocks ranges(pooled.tile.ranges(params.problem), pooled.tile.span());
+    const int32_t* list = params.block_indices + pooled.tile.index * params.max_blocks;
+    const int count = params.block_counts[pooled.tile.index];
     auto block_at = [&](int place) { return smem.walked.at(place); };
     auto is_left = [&](int place) {
         const int block = place < smem.walked.size ? block_at(place) : -1;
@@ -110,8 +110,7 @@ __device__ __forceinline__ void estimate_tile(RefinedTile<Traits>& tile) {
                 raised = unit_keys + (left_blocks > 0 && fabsf(gap) < INFINITY ? gap : 0.0f);
             }
             if ((threadIdx.x & 3) != 0 || row >= pooled.rows) continue;
-            float* at =
-                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            float* at = params.omitted_mass_estimate + pooled.flat_row(params.problem, row);
             // The bound keeps inf / inf away.
             const float unseen = fminf(exp2f(*at + raised - shares.reference(m, half)), 1e30f);
             const float share = shares.share(m, half, unseen);
@@ -125,12 +124,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
                           const __grid_constant__ Shortlists shortlists) {
     extern __shared__ __align__(1024) char smem_bytes[];
     auto& smem = *reinterpret_cast<RefinedSmem<Traits>*>(smem_bytes);
-    const PooledRows pooled =
-        PooledRows::of_tile(device::TileRows::from_index(params.problem, blockIdx.x));
+    const PooledRows pooled = PooledRows::of_tile(Tile::longest_first(params.problem, blockIdx.x));
     const EligibleBlocks eligible = eligible_blocks(params, pooled.tile);
     if (eligible.count() <= params.head_blocks(pooled.tile.kv_head)) {  // all are listed
         for (int row = threadIdx.x; row < pooled.rows; row += Traits::kThreads) {
-            int64_t at = pooled.flat_row(row, params.problem.query_heads);
+            int64_t at = pooled.flat_row(params.problem, row);
             for (int i = 0; i < pooled.size(row); ++i) params.omitted_mass_estimate[at + i] = 0.0f;
         }
         return;

@@ -60,7 +60,7 @@ __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem,
         if (i < shortlist.count) masses[i] = mass;
     }
     __syncwarp();
-    const int64_t tile = smem.pooled.tile.tile_index;
+    const int64_t tile = smem.pooled.tile.index;
     const int count =
         write_heaviest(masses, shortlist, shortlist.count, keep, params.top_p, histogram_smem,
                        params.block_indices + tile * params.max_blocks, params.max_blocks);
@@ -71,9 +71,9 @@ __device__ __forceinline__ void choose(const RefinedSmem<Traits>& smem,
 __device__ __forceinline__ void take_all(const BlockSelectParams& params, const PooledRows& rows,
                                          const EligibleBlocks& eligible) {
     if (threadIdx.x < 32) {
-        write_all(eligible, params.block_indices + rows.tile.tile_index * params.max_blocks,
+        write_all(eligible, params.block_indices + rows.tile.index * params.max_blocks,
                   params.max_blocks);
-        if (threadIdx.x == 0) params.block_counts[rows.tile.tile_index] = eligible.count();
+        if (threadIdx.x == 0) params.block_counts[rows.tile.index] = eligible.count();
     }
 }
 
@@ -94,8 +94,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
                                  : masses_gmem + int64_t{blockIdx.x} * Traits::kWarps * width;
 
     for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-        const PooledRows pooled =
-            PooledRows::of_tile(device::TileRows::from_index(params.problem, index));
+        const PooledRows pooled = PooledRows::of_tile(Tile::longest_first(params.problem, index));
         const EligibleBlocks eligible = eligible_blocks(params, pooled.tile);
         const int keep = static_cast<int>(params.head_blocks(pooled.tile.kv_head));
         if (eligible.count() <= keep) {

@@ -2,6 +2,7 @@
 // shortlists and its estimate share.
 #pragma once
 
+#include "condensate/kv_view.h"
 #include "condensate/params.h"
 #include "kernels/block_select/common/eligible.h"
 #include "kernels/block_select/common/held_rows.h"
@@ -17,8 +18,7 @@ struct Shortlists {
     int per_head;   // scan tiles of a KV head
 
     // The whole warp calls it.
-    __device__ TileShortlist of(const device::TileRows& tile, int head,
-                                const EligibleBlocks& eligible) const {
+    __device__ TileShortlist of(const Tile& tile, int head, const EligibleBlocks& eligible) const {
         const int scan_tile = head * per_head + static_cast<int>(tile.first_query) / positions;
         return {indices + int64_t{scan_tile} * width, counts[scan_tile], eligible};
     }
@@ -30,8 +30,8 @@ struct RefinedSmem : Traits::Smem {
     EligibleBlocks eligible;
     WalkedBlocks walked;  // its list is the shortlist, whose entries in the windows it skips
     TileShortlist shortlist;
-    const typename Traits::T *summaries, *keys;  // of the KV head
-    int head;                                    // of all batches
+    KvView summaries, keys;  // of the KV head
+    int head;                // of all batches
 };
 
 // A CTA's work on one tile.
@@ -60,13 +60,13 @@ struct RefinedTile {
     __device__ __forceinline__ void begin(const PooledRows& pooled, const EligibleBlocks& eligible,
                                           const Shortlists& shortlists) {
         const Problem& problem = params.problem;
-        const device::TileRows& tile = pooled.tile;
+        const Tile& tile = pooled.tile;
         load_pooled_queries<Traits, kQueryPool>(
             ptx::smem_address(smem.stages), params, pooled,
             static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows);
         const int head = tile.flat_kv_head(problem);
         const TileShortlist shortlist = shortlists.of(tile, head, eligible);
-        const WalkedBlocks walked(RangeBlocks(problem.ranges(), tile.span()), shortlist.list,
+        const WalkedBlocks walked(RangeBlocks(tile.ranges(problem), tile.span()), shortlist.list,
                                   shortlist.entries);
         if (threadIdx.x == 0) {
             smem.pooled = pooled;
@@ -74,12 +74,12 @@ struct RefinedTile {
             smem.walked = walked;
             smem.shortlist = shortlist;
             smem.head = head;
+            const int64_t rows = summary_rows(Selector::kBlock, problem.kv_len);
             smem.summaries =
-                static_cast<const T*>(params.summaries) +
-                int64_t{head} * summary_rows(Selector::kBlock, problem.kv_len) * problem.head_dim;
+                KvView::of({params.summaries, 0, rows * problem.head_dim, problem.head_dim},
+                           sizeof(T), 0, head);
             if constexpr (Traits::kKeys)
-                smem.keys = static_cast<const T*>(params.key.data) +
-                            device::head_offset(params.key, tile.batch, tile.kv_head);
+                smem.keys = KvView::of(params.key, sizeof(T), tile.batch, tile.kv_head);
         }
         rows.hold([&](int row) {
             return row < pooled.rows ? static_cast<int>(pooled.last_position(row)) : kNoRow;
@@ -95,7 +95,7 @@ struct RefinedTile {
                                           Body&& body) {
         using Layout = ChunkLayout<kBlockUnits, Traits::kWgmma>;
         constexpr unsigned kAll = 0xffffffffu;
-        const Ranges ranges = params.problem.ranges();
+        const Ranges ranges = smem.pooled.tile.ranges(params.problem);
         const int whole =
             leading_blocks(count, block_at, rows.seen_by_all(ranges, level.keys) / kBlockUnits);
         const bool idle_warp =
@@ -135,18 +135,17 @@ struct RefinedTile {
 
     // Where units lie: rows of the summaries, or the keys themselves.
     struct UnitRows {
-        const T* first;     // of block 0
-        int64_t stride;     // elements, of a row
+        KvView rows;
+        int64_t first_row;  // of block 0
         int64_t per_block;  // rows
         int64_t count;      // units that exist
     };
     template <int kBlockUnits>
     __device__ __forceinline__ UnitRows unit_rows(UnitLevel level) const {
-        const Problem& problem = params.problem;
-        if constexpr (kBlockUnits == kBlockKeys)
-            return {smem.keys, params.key.stride_seq, kBlockKeys, problem.kv_len};
-        return {smem.summaries + level.first_row * problem.head_dim, problem.head_dim,
-                rows_per_block(Selector::kBlock), num_blocks(problem.kv_len) * kBlockUnits};
+        const int64_t kv_len = smem.pooled.tile.kv_len;
+        if constexpr (kBlockUnits == kBlockKeys) return {smem.keys, 0, kBlockKeys, kv_len};
+        return {smem.summaries, level.first_row, rows_per_block(Selector::kBlock),
+                num_blocks(kv_len) * kBlockUnits};
     }
 
     // Starts copying the units of the blocks that lanes 0, 1, ... name; zeros for -1.
@@ -163,8 +162,8 @@ struct RefinedTile {
             const int unit = Shape::unit() % kBlockUnits + first_unit % kBlockUnits;
             const bool exists =
                 block >= 0 && has_channel && int64_t{block} * kBlockUnits + unit < units.count;
-            const int64_t row = exists ? block * units.per_block + unit : 0;
-            return UnitSource<T>{units.first + row * units.stride + Shape::channel(), exists};
+            const int64_t row = exists ? units.first_row + block * units.per_block + unit : 0;
+            return UnitSource<T>{units.rows.template row<T>(row) + Shape::channel(), exists};
         });
     }
 

@@ -53,7 +53,7 @@ struct ListCursor {
 
 // What a warp keeps of its tile in shared memory.
 struct TileState {
-    device::TileRows tile;
+    Tile tile;
     EligibleBlocks eligible;
     TopBlocks::Window window;
     int32_t* list;
@@ -90,7 +90,7 @@ struct TileScan {
     // Scores the level's units chunk by chunk: body(scores, first block of the chunk).
     template <class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, Body&& body) {
-        const Ranges ranges = params.problem.ranges();
+        const Ranges ranges = state().tile.ranges(params.problem);
         const int seen_by_all = rows.seen_by_all(ranges, level.keys);
         const int chunk_blocks = kChunkUnits / level.per_block;
         const int reached = (state().blocks + chunk_blocks - 1) / chunk_blocks;
@@ -179,8 +179,8 @@ struct TileScan {
 
 // Writes a pooled row's value to the estimates of the queries of its pool.
 template <int kMTiles, class Value>
-__device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
-                                                const device::TileRows& tile, Value&& value) {
+__device__ __forceinline__ void write_estimates(const BlockSelectParams& params, const Tile& tile,
+                                                Value&& value) {
     const PooledRows pooled = PooledRows::of_scan(params, tile);
 #pragma unroll
     for (int m = 0; m < kMTiles; ++m) {
@@ -190,8 +190,7 @@ __device__ __forceinline__ void write_estimates(const BlockSelectParams& params,
             int row = 16 * m + 8 * half + static_cast<int>(threadIdx.x & 31) / 4;
             const int size = pooled.size(row);
             if (size == 0) continue;
-            float* first =
-                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            float* first = params.omitted_mass_estimate + pooled.flat_row(params.problem, row);
             for (int i = threadIdx.x & 3; i < size; i += 4) first[i] = x;
         }
     }
@@ -201,7 +200,7 @@ template <class Traits>
 __device__ __forceinline__ void TileScan<Traits>::estimate(const ScanOutput& output,
                                                            int list_count) {
     ListCursor listed{state().list, list_count};
-    const RangeBlocks ranges(params.problem.ranges(), state().tile.span());
+    const RangeBlocks ranges(state().tile.ranges(params.problem), state().tile.span());
     OutsideShare<Traits> shares;
     sweep(scan_levels(Traits::kSelector).mass, [&](Scores& s, int first_block) {
         const uint64_t inside = listed.bits(first_block, Layout::kBlocks);
@@ -223,11 +222,11 @@ __device__ __forceinline__ void TileScan<Traits>::estimate(const ScanOutput& out
 template <class Traits>
 __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* window_smem,
                                            const BlockSelectParams& params,
-                                           const ScanOutput& output, const device::TileRows& tile,
-                                           bool exists, int round) {
+                                           const ScanOutput& output, const Tile& tile, bool exists,
+                                           int round) {
     const int lane = threadIdx.x & 31;
     const EligibleBlocks eligible = eligible_blocks(params, tile);
-    int32_t* list = output.indices + tile.tile_index * output.width;
+    int32_t* list = output.indices + tile.index * output.width;
     const int keep =
         static_cast<int>(output.shortlists ? output.width : params.head_blocks(tile.kv_head));
     const bool chooses = exists && eligible.count() > keep;
@@ -243,7 +242,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
                       eligible,
                       {masses, reinterpret_cast<int32_t*>(masses + capacity), capacity, keep},
                       list,
-                      scores ? reachable_blocks(params.problem.ranges(), tile.span()) : 0,
+                      scores ? reachable_blocks(tile.ranges(params.problem), tile.span()) : 0,
                       round};
     }
     __syncwarp();
@@ -252,7 +251,7 @@ __device__ __forceinline__ bool begin_tile(TileState& state_smem, uint32_t* wind
             pad_list(list, 0, output.width);
         else
             write_all(eligible, list, output.width);
-        if (lane == 0) output.counts[tile.tile_index] = chooses ? 0 : eligible.count();
+        if (lane == 0) output.counts[tile.index] = chooses ? 0 : eligible.count();
         if (params.omitted_mass_estimate) {
             float nothing = output.shortlists ? -INFINITY : 0.0f;
             write_estimates<Traits::kMTiles>(params, tile, [&](int, int) { return nothing; });
@@ -287,9 +286,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
         const int head = item % heads;
         const int first_tile = (items_per_head - 1 - item / heads) * Traits::kWarps;
         const bool exists = first_tile + warp < tiles;
-        const device::TileRows tile(
-            problem, head, exists ? first_tile + warp : tiles - 1,
-            scan_positions(Traits::kSelector, problem.group(), problem.kv_len));
+        const Tile tile(problem, head, exists ? first_tile + warp : tiles - 1,
+                        scan_positions(Traits::kSelector, problem.group(), problem.kv_len));
         const bool scores = begin_tile<Traits>(smem.tile[warp], smem.window[warp], params, output,
                                                tile, exists, round);
         if (!__syncthreads_or(scores)) continue;
@@ -300,8 +298,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             smem.summaries = static_cast<const T*>(params.summaries) +
                              head * summary_rows(Traits::kSelector, problem.kv_len) * dim;
             TileSpan last = tile_span(min(first_tile + Traits::kWarps, tiles) - 1, tile.positions,
-                                      problem.query_len, problem.kv_len);
-            smem.blocks = reachable_blocks(problem.ranges(), last);
+                                      tile.query_len, tile.kv_len);
+            smem.blocks = reachable_blocks(tile.ranges(problem), last);
         }
         TileScan<Traits> scan{
             smem, params, maps, streamed, problem.scale * device::kLog2E, HeldRows<Traits>(smem)};
@@ -330,8 +328,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
             const float top_p = output.shortlists ? 0.0f : params.top_p;
             if (scores) count = top.store(top_p, smem.tile[warp].list, output.width);
         }
-        if (scores && (threadIdx.x & 31) == 0)
-            output.counts[smem.tile[warp].tile.tile_index] = count;
+        if (scores && (threadIdx.x & 31) == 0) output.counts[smem.tile[warp].tile.index] = count;
         if (params.omitted_mass_estimate) scan.estimate(output, count);
     }
 }

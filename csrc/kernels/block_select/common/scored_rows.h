@@ -3,33 +3,30 @@
 #pragma once
 
 #include "condensate/params.h"
+#include "condensate/tile.h"
 #include "device/pack.h"
 #include "device/smem_tile.h"
-#include "device/tile_rows.h"
 
 namespace condensate::kernels::block_select {
 
 // The pooled queries of a tile without gaps: row r is pool r % pools of head r / pools.
 struct PooledRows {
-    device::TileRows tile;
+    Tile tile;
     int pool;   // positions averaged
     int pools;  // per head that hold a query
     int rows;
     int inverse;  // ceil(2^16 / pools): row / pools == row * inverse >> 16 for rows < 128
 
-    __device__ PooledRows(const device::TileRows& tile, int pool) : tile(tile), pool(pool) {
-        int positions =
-            static_cast<int>(min_i64(tile.positions, tile.query_len - tile.first_query));
-        pools = (positions + pool - 1) / pool;
+    __device__ PooledRows(const Tile& tile, int pool) : tile(tile), pool(pool) {
+        pools = (tile.queries() + pool - 1) / pool;
         rows = pools * tile.group;
         inverse = (65535 + pools) / pools;
     }
     // Of a scan tile.
-    __device__ static PooledRows of_scan(const BlockSelectParams& params,
-                                         const device::TileRows& tile) {
+    __device__ static PooledRows of_scan(const BlockSelectParams& params, const Tile& tile) {
         return PooledRows(tile, scan_pool_size(params.selector, tile.group, tile.kv_len));
     }
-    __device__ static PooledRows of_tile(const device::TileRows& tile) {
+    __device__ static PooledRows of_tile(const Tile& tile) {
         return PooledRows(tile, pool_size(tile.group));
     }
 
@@ -44,11 +41,11 @@ struct PooledRows {
         return static_cast<int>(min_i64(tile.query_len - first_query(row), pool));
     }
     __device__ int64_t last_position(int row) const {
-        return query_position(first_query(row) + size(row) - 1, tile.query_len, tile.kv_len);
+        return tile.position_of(first_query(row) + size(row) - 1);
     }
     // Index of the pool's first query in a contiguous [B, Hq, Lq] tensor.
-    __device__ int64_t flat_row(int row, int64_t query_heads) const {
-        return (tile.batch * query_heads + head(row)) * tile.query_len + first_query(row);
+    __device__ int64_t flat_row(const Problem& p, int row) const {
+        return tile.flat_query(p, head(row), first_query(row));
     }
 };
 
@@ -98,8 +95,8 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
         const int row = first_row + i, size = pooled.size(row);
         const T* row_gmem = static_cast<const T*>(params.query.data);
         if (size > 0)
-            row_gmem += device::head_offset(params.query, pooled.tile.batch, pooled.head(row)) +
-                        pooled.first_query(row) * params.query.stride_seq;
+            row_gmem +=
+                params.query.offset(pooled.tile.batch, pooled.head(row), pooled.first_query(row));
         const float share = 1.0f / static_cast<float>(max(size, 1));
 #pragma unroll 2
         for (int chunk = lane % kRowLanes; chunk < kChunks; chunk += kRowLanes) {

@@ -1,6 +1,6 @@
 // Block selection on CUDA cores: one CTA per scan tile, a unit per lane, four rows per warp, 32
 // rows at a time. Every pass is a sweep over the units of one level of some blocks.
-#include "device/block_walk.h"
+#include "device/tile_walk.h"
 #include "kernels/block_select/common/eligible.h"
 #include "kernels/block_select/simt/unit_sweep.h"
 #include "kernels/launch.h"
@@ -46,7 +46,7 @@ template <class T>
 struct TileSelection {
     const BlockSelectParams& params;
     SelectSmem& smem;
-    const device::TileRows& tile;
+    const Tile& tile;
     Scratch scratch;
     UnitSweep<T> units;  // of the tile's KV head
     Lane lane = {};
@@ -159,8 +159,7 @@ struct TileSelection {
             LaneSum sum = all[r].over_warp(), part = omitted[r].over_warp();
             int row = first_row + lane.row(r);
             if (lane.lane != 0 || row >= pooled.rows) continue;
-            float* at =
-                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            float* at = params.omitted_mass_estimate + pooled.flat_row(params.problem, row);
             float reference = finite_reference(sum.largest);
             // The bound keeps inf / inf away.
             float unseen = kind == Estimate::kRefined ? fminf(expf(*at - reference), 1e30f) : 0.0f;
@@ -211,27 +210,25 @@ struct TileSelection {
                 warp_sum(gap[r]) / static_cast<float>(max(left_blocks, 1)) - unit_keys;
             const int row = first_row + lane.row(r);
             if (lane.lane != 0 || row >= pooled.rows) continue;
-            params.omitted_mass_estimate[pooled.flat_row(row, params.problem.query_heads)] +=
+            params.omitted_mass_estimate[pooled.flat_row(params.problem, row)] +=
                 unit_keys + (left_blocks > 0 && fabsf(mean) < INFINITY ? mean : 0.0f);
         }
     }
 
     __device__ void write_estimates(const PooledRows& pooled, float value) {
         for (int row = static_cast<int>(threadIdx.x); row < pooled.rows; row += kThreads) {
-            float* at =
-                params.omitted_mass_estimate + pooled.flat_row(row, params.problem.query_heads);
+            float* at = params.omitted_mass_estimate + pooled.flat_row(params.problem, row);
             for (int i = 0; i < pooled.size(row); ++i) at[i] = value;
         }
     }
 
     // The blocks that the attention would walk, into scratch.walked.
     __device__ BlockSet walk(BlockSet list) {
-        if (threadIdx.x == 0) {
-            device::BlockWalk walk(params.problem.ranges(), tile.span(), list.blocks, list.count,
-                                   list.count);
-            smem.count = 0;
-            for (int block; (block = walk.next().block) != INT_MAX;)
-                scratch.walked[smem.count++] = block;
+        if (threadIdx.x < 32) {
+            device::WalkWriter writer(scratch.walked, INT_MAX, 0);
+            const device::WalkCount count = writer.write(tile.ranges(params.problem), tile.span(),
+                                                         {list.blocks, list.count, list.count});
+            if (lane.lane == 0) smem.count = count.all;
         }
         return {scratch.walked, shared_count()};
     }
@@ -242,7 +239,7 @@ struct TileSelection {
         const PooledRows pooled = PooledRows::of_scan(params, tile);
         const ScoringLevels levels = scan_levels(params.selector);
         const BlockSet reachable = {nullptr,
-                                    reachable_blocks(params.problem.ranges(), tile.span())};
+                                    reachable_blocks(tile.ranges(params.problem), tile.span())};
         const BlockSet candidates = {scratch.eligible, eligible.count()};
         const int keep = static_cast<int>(most);
         const bool chooses = candidates.count > keep;
@@ -272,9 +269,9 @@ struct TileSelection {
     __device__ bool refines() const { return params.refinement() != Refinement::kNone; }
 
     __device__ void make_list() {
-        BlockSet taken = scan(params.block_indices + tile.tile_index * params.max_blocks,
+        BlockSet taken = scan(params.block_indices + tile.index * params.max_blocks,
                               params.max_blocks, params.head_blocks(tile.kv_head), params.top_p);
-        if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+        if (threadIdx.x == 0) params.block_counts[tile.index] = taken.count;
     }
 
     // Of a scan tile.
@@ -308,7 +305,7 @@ struct TileSelection {
     __device__ void refine() {
         const EligibleBlocks eligible = block_select::eligible_blocks(params, tile);
         const BlockSet shortlist = eligible_of({scratch.shortlist, smem.shortlisted}, eligible);
-        int32_t* list = params.block_indices + tile.tile_index * params.max_blocks;
+        int32_t* list = params.block_indices + tile.index * params.max_blocks;
         const PooledRows pooled = PooledRows::of_tile(tile);
         const bool by_keys = params.refinement() == Refinement::kKeys;
         const int keep = static_cast<int>(params.head_blocks(tile.kv_head));
@@ -322,10 +319,10 @@ struct TileSelection {
         }
         const BlockSet taken = {list, choose(shortlist.blocks, shortlist.count, keep, params.top_p,
                                              list, params.max_blocks)};
-        if (threadIdx.x == 0) params.block_counts[tile.tile_index] = taken.count;
+        if (threadIdx.x == 0) params.block_counts[tile.index] = taken.count;
         if (!params.omitted_mass_estimate) return;
         if (!chooses) return write_estimates(pooled, 0.0f);
-        const RangeBlocks ranges(params.problem.ranges(), tile.span());
+        const RangeBlocks ranges(tile.ranges(params.problem), tile.span());
         auto left = [&](int block) { return !ranges.contains(block) && !taken.contains(block); };
         for (int row = 0; row < pooled.rows; row += kCtaRows) {
             units.load_pooled(pooled, row);
@@ -338,8 +335,8 @@ struct TileSelection {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm)
-    block_select_kernel(const __grid_constant__ BlockSelectParams params,
-                        const __grid_constant__ int64_t num_scan_tiles) {
+    block_select_simt_kernel(const __grid_constant__ BlockSelectParams params,
+                             const __grid_constant__ int64_t num_scan_tiles) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<SelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -351,13 +348,13 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
         // First the scan tile, then the tiles that its shortlist is for.
         for (int step = 0; step <= tiles; ++step) {
             __syncthreads();  // everyone is done with the previous tile
-            device::TileRows tile = device::TileRows::from_index(
+            Tile tile = Tile::longest_first(
                 problem, index, scan_positions(params.selector, problem.group(), problem.kv_len));
             const int64_t head = tile.flat_kv_head(problem);
             if (step > 0) {
                 const int64_t first = tile.first_query / tile_positions(problem.group());
-                tile = device::TileRows(problem, head, first + step - 1);
-                if (tile.first_query >= problem.query_len) break;
+                tile = Tile(problem, head, first + step - 1);
+                if (tile.first_query >= tile.query_len) break;
             }
             const T* summaries = static_cast<const T*>(params.summaries) +
                                  head * summary_rows(params.selector, problem.kv_len) * dim;
@@ -383,9 +380,9 @@ int64_t block_select_simt_workspace_bytes(const BlockSelectParams& params, int s
 
 Status block_select_simt(const BlockSelectParams& params, const LaunchContext& context) {
     return with_element_type(params.problem.dtype, [&](auto tag) {
-        return launch(simt::block_select_kernel<typename decltype(tag)::type>, "block_select_simt",
-                      {simt::select_ctas(params, context.sm_count)}, simt::kThreads,
-                      simt::select_smem_bytes(params), context, params,
+        return launch(simt::block_select_simt_kernel<typename decltype(tag)::type>,
+                      "block_select_simt", {simt::select_ctas(params, context.sm_count)},
+                      simt::kThreads, simt::select_smem_bytes(params), context, params,
                       simt::all_scan_tiles(params));
     });
 }

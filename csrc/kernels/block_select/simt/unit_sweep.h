@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "condensate/kv_view.h"
 #include "condensate/params.h"
+#include "condensate/tile.h"
 #include "device/simt/key_tile.h"
-#include "device/tile_rows.h"
 #include "kernels/block_select/common/scored_rows.h"
 #include "kernels/block_select/common/top_blocks.h"
 
@@ -50,15 +51,14 @@ template <class T>
 struct UnitSweep {
     SelectSmem& smem;
     const BlockSelectParams& params;
-    const device::TileRows& tile;
+    const Tile& tile;
     const T* summaries;  // of the KV head
     int dim;             // summary_dim
     Lane lane = {};
 
     __device__ const T* query(int head, int64_t index) const {
         return static_cast<const T*>(params.query.data) +
-               device::head_offset(params.query, tile.batch, head) +
-               index * params.query.stride_seq;
+               params.query.offset(tile.batch, head, index);
     }
 
     // One mean query in float32, rounded to its dtype. Quest's bound is a dot product of
@@ -89,10 +89,8 @@ struct UnitSweep {
     __device__ const T* unit_row(UnitLevel level, int64_t unit) const {
         if (level.keys > 1)
             return summaries + summary_row(level, rows_per_block(params.selector), unit) * dim;
-        if (unit >= params.problem.kv_len) return nullptr;
-        return static_cast<const T*>(params.key.data) +
-               device::head_offset(params.key, tile.batch, tile.kv_head) +
-               unit * params.key.stride_seq;
+        if (unit >= tile.kv_len) return nullptr;
+        return KvView::of(params.key, sizeof(T), tile.batch, tile.kv_head).row<T>(unit);
     }
 
     // Calls body(scores, place of this lane's block) for every unit, 32 at a time: the scores of
@@ -100,7 +98,7 @@ struct UnitSweep {
     // it, and the body too, which may use barriers; the place can be past the last block.
     template <class Body>
     __device__ __forceinline__ void sweep(UnitLevel level, BlockSet set, Body&& body) {
-        const Ranges ranges = params.problem.ranges();
+        const Ranges ranges = tile.ranges(params.problem);
         auto unit_of = [&](int i) {  // of the whole level; -1 past the last block
             return i / level.per_block < set.count
                        ? int64_t{set.at(i / level.per_block)} * level.per_block +

@@ -1,5 +1,6 @@
 // Summarises the keys in one pass over them: what the block selectors score instead of the keys.
 // Bound by memory: a thread owns 16 bytes of channels of a unit and reads them key by key.
+#include "condensate/kv_view.h"
 #include "device/element.h"
 #include "kernels/launch.h"
 
@@ -67,14 +68,24 @@ struct BoundsUnit {
     }
 };
 
+// The keys of a head; `head` counts [B, Hkv].
+template <class T>
+__device__ __forceinline__ KvView keys_of(const BlockSummaryParams& params, int64_t head) {
+    return KvView::of(params.key, sizeof(T), head / params.kv_heads, head % params.kv_heads);
+}
+
+template <class T, int kElems>
+__device__ __forceinline__ Vec<T, kElems> load_chunk(const KvView& rows, int64_t key, int chunk) {
+    return static_cast<const Vec<T, kElems>*>(rows.row(key, sizeof(T)))[chunk];
+}
+
 // Adds keys first..first+keys-1 (at least one) of this thread's channels.
 template <class T, int kElems, int kKeys, class Unit>
-__device__ void read_unit(Unit& unit, const T* channels, int64_t stride_seq, int keys) {
+__device__ void read_unit(Unit& unit, const KvView& rows, int64_t first, int keys, int chunk) {
     using Chunk = Vec<T, kElems>;
     if (keys < kKeys) {  // cut short by the end of the keys
-        for (int j = 0; j < keys; ++j) {
-            unit.add(*reinterpret_cast<const Chunk*>(channels + j * stride_seq), j == 0);
-        }
+        for (int j = 0; j < keys; ++j)
+            unit.add(load_chunk<T, kElems>(rows, first + j, chunk), j == 0);
         return;
     }
 #pragma unroll 2
@@ -82,7 +93,7 @@ __device__ void read_unit(Unit& unit, const T* channels, int64_t stride_seq, int
         Chunk loaded[kLoadsInFlight];
 #pragma unroll
         for (int j = 0; j < kLoadsInFlight; ++j) {
-            loaded[j] = *reinterpret_cast<const Chunk*>(channels + (j0 + j) * stride_seq);
+            loaded[j] = load_chunk<T, kElems>(rows, first + j0 + j, chunk);
         }
 #pragma unroll
         for (int j = 0; j < kLoadsInFlight; ++j) unit.add(loaded[j], j0 + j == 0);
@@ -108,17 +119,13 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<int64_t>(blockIdx.x % grid.ctas_per_head) * grid.units_per_cta + unit_in_cta;
     if (index >= grid.units) return;
 
-    const T* key = static_cast<const T*>(params.key.data) +
-                   head / params.kv_heads * params.key.stride_batch +
-                   head % params.kv_heads * params.key.stride_head + chunk * kElems;
     Chunk* summaries = static_cast<Chunk*>(params.summaries) +
                        head * grid.units * Unit::kParts * grid.chunks + chunk;
     int64_t left = params.kv_len - index * kKeys;
     int keys = left < kKeys ? static_cast<int>(left) : kKeys;
     Unit unit;
     if (keys > 0) {
-        read_unit<T, kElems, kKeys>(unit, key + index * kKeys * params.key.stride_seq,
-                                    params.key.stride_seq, keys);
+        read_unit<T, kElems, kKeys>(unit, keys_of<T>(params, head), index * kKeys, keys, chunk);
     }
 #pragma unroll
     for (int i = 0; i < Unit::kParts; ++i) {
@@ -140,11 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         static_cast<int64_t>(blockIdx.x % grid.ctas_per_head) * grid.units_per_cta + block_in_cta;
     if (block >= grid.units) return;
 
-    const int64_t stride_seq = params.key.stride_seq;
-    const T* key = static_cast<const T*>(params.key.data) +
-                   head / params.kv_heads * params.key.stride_batch +
-                   head % params.kv_heads * params.key.stride_head +
-                   block * kBlockKeys * stride_seq + chunk * kElems;
+    const KvView key_rows = keys_of<T>(params, head);
     constexpr int kRows = 9;  // rows_per_block(kBlock)
     Chunk* rows = static_cast<Chunk*>(params.summaries) +
                   (head * grid.units + block) * kRows * grid.chunks + chunk;
@@ -171,9 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         Chunk loaded[kUnitKeys];  // all in flight; keys that do not exist add nothing
 #pragma unroll
         for (int j = 0; j < kUnitKeys; ++j) {
-            bool exists = first + j < keys;
-            loaded[j] =
-                exists ? *reinterpret_cast<const Chunk*>(key + (first + j) * stride_seq) : Chunk{};
+            const int64_t key = block * kBlockKeys + first + j;
+            loaded[j] = first + j < keys ? load_chunk<T, kElems>(key_rows, key, chunk) : Chunk{};
         }
         float unit[kElems] = {};
 #pragma unroll

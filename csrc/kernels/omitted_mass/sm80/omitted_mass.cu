@@ -17,7 +17,7 @@ struct alignas(128) OmittedMassSmem {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    omitted_mass_kernel(OmittedMassParams params, uint32_t* error_word) {
+    omitted_mass_sm80_kernel(OmittedMassParams params, uint32_t* error_word) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<OmittedMassSmem<kDim>*>(smem_bytes);
     uint32_t stages_smem = ptx::smem_address(smem.stages);
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
     fill_row_table(smem.rows, cta, problem, [&](int64_t slot) {
         if (params.rows == nullptr) return slot;
         int64_t query = params.rows[slot];
-        return query >= 0 && query < problem.query_len ? query : int64_t{-1};
+        return query >= 0 && query < cta.query_len ? query : int64_t{-1};
     });
     SweepQueries<kDim> queries;
     load_sweep_queries<T, kDim>(queries, stages_smem, smem.rows, cta, params.query,
@@ -50,20 +50,20 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
 
     int row = static_cast<int>(threadIdx.x);
     if (row >= kSweepRows || !cta.exists(row)) return;
-    int64_t head = cta.batch * problem.query_heads + cta.head(row);
     int64_t query = smem.rows.query[row];
     float omitted = NAN;
     if (query >= 0) {
-        omitted = omitted_from_lse(params.lse[head * problem.query_len + query], lse_full);
+        omitted = omitted_from_lse(params.lse[cta.flat_row(problem, row, query)], lse_full);
     } else {
         atomicOr(error_word, kErrorRowIndex);
     }
+    int64_t head = cta.batch * problem.query_heads + cta.head(row);
     params.omitted[head * params.num_rows + cta.slot(row)] = omitted;
 }
 
 template <class T, int kDim>
 Status launch_omitted_mass(const OmittedMassParams& params, const LaunchContext& context) {
-    return launch(omitted_mass_kernel<T, kDim>, "omitted_mass_sm80",
+    return launch(omitted_mass_sm80_kernel<T, kDim>, "omitted_mass_sm80",
                   {row_groups<kSweepRows>(params.problem, params.num_rows)}, kSweepThreads,
                   sizeof(OmittedMassSmem<kDim>), context, params, context.error_word);
 }

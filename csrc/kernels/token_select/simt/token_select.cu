@@ -38,7 +38,7 @@ __device__ void run_pass(TokenSelectSmem& smem, const TokenSelectParams& params,
     LaneSum sums[kWarpRows];
     sweep_keys<T>(
         smem.sweep, cta, params.key, params.problem, lse_full ? 0 : rows.anchors,
-        lse_full ? last_visible_end : candidates_end(params.problem, last_visible_end),
+        lse_full ? last_visible_end : cta.candidates_end(params.problem, last_visible_end),
         [&](const float (&score)[kWarpRows], int32_t key) {
 #pragma unroll
             for (int r = 0; r < kWarpRows; ++r) {
@@ -59,8 +59,7 @@ __device__ void run_pass(TokenSelectSmem& smem, const TokenSelectParams& params,
         if (lse_full == nullptr) continue;
         float lse = sums[r].over_warp().lse();
         if (lane.lane == 0 && cta.exists(row)) {
-            int64_t head = cta.batch * params.problem.query_heads + cta.head(row);
-            lse_full[head * params.problem.query_len + cta.slot(row)] = lse;
+            lse_full[cta.flat_row(params.problem, row, cta.slot(row))] = lse;
         }
     }
     __syncwarp();  // the histograms are cleared
@@ -82,7 +81,7 @@ __device__ void find_ties(TokenSelectSmem& smem, const TokenSelectParams& params
     }
     if (__syncthreads_or(any) == 0) return;
     sweep_keys<T>(smem.sweep, cta, params.key, params.problem, rows.anchors,
-                  candidates_end(params.problem, smem.sweep.rows.last_visible_end),
+                  cta.candidates_end(params.problem, smem.sweep.rows.last_visible_end),
                   [&](const float (&score)[kWarpRows], int32_t key) {
 #pragma unroll
                       for (int r = 0; r < kWarpRows; ++r) {
@@ -101,7 +100,7 @@ __device__ void find_ties(TokenSelectSmem& smem, const TokenSelectParams& params
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    token_select_kernel(const __grid_constant__ TokenSelectParams params) {
+    token_select_simt_kernel(const __grid_constant__ TokenSelectParams params) {
     extern __shared__ __align__(16) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<TokenSelectSmem*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -115,13 +114,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
     Lane lane;
     WarpRows rows;
-    rows.anchors = anchor_keys(problem);
+    rows.anchors = cta.anchor_keys(problem);
     uint32_t topk = static_cast<uint32_t>(min_i64(params.topk, INT_MAX));
 #pragma unroll
     for (int r = 0; r < kWarpRows; ++r) {
         int row = lane.row(r);
-        rows.bounds[r] =
-            candidate_bounds(problem, smem.sweep.rows.query[row], smem.sweep.rows.visible_end[row]);
+        rows.bounds[r] = candidate_bounds(cta, problem, smem.sweep.rows.query[row],
+                                          smem.sweep.rows.visible_end[row]);
         rows.radix[r] = {topk > 0 ? 0 : kNoPrefix, topk, 0};
     }
     for (int pass = 0; pass < kRadixPasses; ++pass) {
@@ -139,8 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         if (lane.lane != 0 || !cta.exists(row)) continue;
         uint32_t prefix = rows.radix[r].prefix;
         float threshold = prefix == kNoPrefix ? -INFINITY : from_ordered_key(prefix);
-        int64_t head = cta.batch * problem.query_heads + cta.head(row);
-        int64_t flat = head * problem.query_len + cta.slot(row);
+        int64_t flat = cta.flat_row(problem, row, cta.slot(row));
         params.threshold[flat] =
             topk == 0 ? INFINITY : threshold;  // above all: nothing is selected
         params.tie_index[flat] = topk == 0 ? -1 : tie_index[r];
@@ -156,7 +154,8 @@ Status token_select_simt(const TokenSelectParams& params, const LaunchContext& c
     TokenSelectParams bounded = params;
     bounded.problem = bound_window(params.problem);
     return with_element_type(params.problem.dtype, [&](auto tag) {
-        return launch(simt::token_select_kernel<typename decltype(tag)::type>, "token_select_simt",
+        return launch(simt::token_select_simt_kernel<typename decltype(tag)::type>,
+                      "token_select_simt",
                       {row_groups<simt::kCtaRows>(params.problem, params.problem.query_len)},
                       simt::kThreads, sizeof(simt::TokenSelectSmem), context, bounded);
     });

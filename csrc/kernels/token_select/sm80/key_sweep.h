@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "condensate/kv_view.h"
 #include "condensate/params.h"
 #include "device/mma_tile.h"
 #include "device/query_rows.h"
@@ -64,16 +65,13 @@ __device__ void load_sweep_queries(SweepQueries<kDim>& queries, uint32_t stages_
                                    const SweepRows& rows, const RowGroup& cta,
                                    const ConstTensor4& query, int head_dim) {
     constexpr int kChunks = kDim / 8;
-    const T* base = static_cast<const T*>(query.data) + cta.batch * query.stride_batch;
+    const T* base = static_cast<const T*>(query.data);
     int chunk = static_cast<int>(threadIdx.x) % kChunks;
     for (int row = static_cast<int>(threadIdx.x) / kChunks; row < kSweepRows;
          row += kSweepThreads / kChunks) {
         bool copy = rows.query[row] >= 0 && chunk * 8 < head_dim;
         const T* src = base;
-        if (copy) {
-            src +=
-                cta.head(row) * query.stride_head + rows.query[row] * query.stride_seq + chunk * 8;
-        }
+        if (copy) src += query.offset(cta.batch, cta.head(row), rows.query[row]) + chunk * 8;
         ptx::cp_async_16(stages_smem + device::tile_offset<kDim>(row, chunk), src, copy);
     }
     ptx::cp_async_commit();
@@ -87,16 +85,13 @@ __device__ void load_sweep_queries(SweepQueries<kDim>& queries, uint32_t stages_
 // Keys of one (batch, KV head).
 template <class T>
 struct SweepKeys {
-    const T* data;
-    int64_t stride_seq;
+    KvView rows;
     int32_t kv_len;
     int head_dim;
 
     __device__ SweepKeys(const ConstTensor4& key, const RowGroup& cta, const Problem& problem)
-        : data(static_cast<const T*>(key.data) + cta.batch * key.stride_batch +
-               cta.kv_head * key.stride_head),
-          stride_seq(key.stride_seq),
-          kv_len(static_cast<int32_t>(problem.kv_len)),
+        : rows(KvView::of(key, sizeof(T), cta.batch, cta.kv_head)),
+          kv_len(static_cast<int32_t>(cta.kv_len)),
           head_dim(static_cast<int>(problem.head_dim)) {}
 };
 
@@ -111,10 +106,9 @@ __device__ __forceinline__ void sweep_keys(const SweepQueries<kDim>& queries, ui
     if (begin >= end) return;
     auto copy = [&](int32_t tile) {
         int64_t first = static_cast<int64_t>(tile) * Shape::kKeys;
-        device::copy_tile_async<Shape::kKeys, kDim, kSweepThreads>(
-            stages_smem + tile % Shape::kStages * Shape::kStageBytes,
-            keys.data + first * keys.stride_seq, keys.stride_seq, keys.kv_len - first,
-            keys.head_dim);
+        device::copy_tile_async<T, Shape::kKeys, kDim, kSweepThreads>(
+            stages_smem + tile % Shape::kStages * Shape::kStageBytes, keys.rows, first,
+            keys.kv_len - first, keys.head_dim);
         ptx::cp_async_commit();
     };
     SweepLane lane;

@@ -29,9 +29,10 @@ struct LaneRows {
 };
 
 template <class Smem>
-__device__ void load_bounds(LaneRows& rows, const Smem& smem, const Problem& problem) {
+__device__ void load_bounds(LaneRows& rows, const Smem& smem, const RowGroup& cta,
+                            const Problem& problem) {
     SweepLane lane;
-    rows.anchors = anchor_keys(problem);
+    rows.anchors = cta.anchor_keys(problem);
     rows.common_end = INT_MAX;
 #pragma unroll
     for (int m = 0; m < kSweepMTiles; ++m) {
@@ -39,7 +40,7 @@ __device__ void load_bounds(LaneRows& rows, const Smem& smem, const Problem& pro
         for (int half = 0; half < 2; ++half) {
             int row = lane.row(m, half);
             rows.bounds[m][half] =
-                candidate_bounds(problem, smem.rows.query[row], smem.rows.visible_end[row]);
+                candidate_bounds(cta, problem, smem.rows.query[row], smem.rows.visible_end[row]);
             rows.common_end = min(rows.common_end, rows.bounds[m][half].low_end);
         }
     }
@@ -157,8 +158,8 @@ struct TokenSelectThread {
         fill_row_table(smem.rows, cta, problem, [](int64_t slot) { return slot; });
         load_sweep_queries<T, kDim>(queries, stages_smem, smem.rows, cta, params.query,
                                     static_cast<int>(problem.head_dim));
-        load_bounds(rows, smem, problem);
-        candidates_end = kernels::candidates_end(problem, smem.rows.last_visible_end);
+        load_bounds(rows, smem, cta, problem);
+        candidates_end = cta.candidates_end(problem, smem.rows.last_visible_end);
     }
 };
 
@@ -215,8 +216,7 @@ __device__ __forceinline__ bool run_pass(TokenSelectThread<T, kDim>& thread, con
         float lse = finish_lse(softmax, smem.lse_parts);
         int row = static_cast<int>(threadIdx.x);
         if (row < kSweepRows && thread.cta.exists(row)) {
-            int64_t head = thread.cta.batch * problem.query_heads + thread.cta.head(row);
-            lse_full[head * problem.query_len + thread.cta.slot(row)] = lse;
+            lse_full[thread.cta.flat_row(problem, row, thread.cta.slot(row))] = lse;
         }
         __syncthreads();  // the parts have been read; their memory serves find_ties next
     }
@@ -265,7 +265,7 @@ __device__ __forceinline__ int32_t find_ties(TokenSelectThread<T, kDim>& thread,
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kSweepThreads, 2)
-    token_select_kernel(const __grid_constant__ TokenSelectParams params) {
+    token_select_sm80_kernel(const __grid_constant__ TokenSelectParams params) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<TokenSelectSmem<kDim>*>(smem_bytes);
     const Problem& problem = params.problem;
@@ -287,8 +287,7 @@ __global__ void __launch_bounds__(kSweepThreads, 2)
         threshold = INFINITY;
         tie_index = -1;
     }
-    int64_t head = thread.cta.batch * problem.query_heads + thread.cta.head(row);
-    int64_t flat = head * problem.query_len + thread.cta.slot(row);
+    int64_t flat = thread.cta.flat_row(problem, row, thread.cta.slot(row));
     params.threshold[flat] = threshold;
     params.tie_index[flat] = tie_index;
 }
@@ -297,7 +296,7 @@ template <class T, int kDim>
 Status launch_token_select(const TokenSelectParams& params, const LaunchContext& context) {
     static_assert(sizeof(TokenSelectSmem<kDim>) <= 99 * 1024,
                   "every sm_80+ device offers 99 KB to a CTA");
-    return launch(token_select_kernel<T, kDim>, "token_select_sm80",
+    return launch(token_select_sm80_kernel<T, kDim>, "token_select_sm80",
                   {row_groups<kSweepRows>(params.problem, params.problem.query_len)}, kSweepThreads,
                   sizeof(TokenSelectSmem<kDim>), context, params);
 }
