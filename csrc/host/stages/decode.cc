@@ -3,6 +3,7 @@
 
 #include "condensate/condensate.h"
 #include "cpu/kernels.h"
+#include "host/number.h"
 #include "host/run_stage.h"
 #include "host/stages/stages.h"
 #include "reference/reference.h"
