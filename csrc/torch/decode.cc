@@ -3,6 +3,7 @@
 #include <string>
 
 #include "condensate/condensate.h"
+#include "host/validate.h"
 #include "torch/tensor_args.h"
 #include "torch/workspace.h"
 
@@ -153,6 +154,7 @@ DecodeParams decode_params(const char* op, const Tensor& query, const CacheTenso
     p.cache = view_cache(op, tensors, p.batch);
     check_device(key, q);
     p.kv_heads = tensors.key.size(1);
+    check_status(validate_heads(op, p.query_heads, "key_cache", p.kv_heads));
     if (tensors.key.size(3) != p.head_dim)
         fail(op, "key_cache has shape " + shape_string(tensors.key) + " and query " +
                      shape_string(query) +

@@ -21,8 +21,8 @@ Partials partials_of(const DecodeParams& params) {
     return partials;
 }
 
-Status attend_splits(const DecodeParams& params, const Partials& partials,
-                     const LaunchContext& context) {
+Status attend_by_cache(const DecodeParams& params, const Partials& partials,
+                       const LaunchContext& context) {
     switch (params.cache.dtype) {
         case DType::kFloat8E4M3:
             return attend_splits<device::Float8>(params, partials, context);
@@ -42,7 +42,7 @@ int64_t dense_workspace_bytes(const DecodeParams& params) {
 
 Status run_dense(const DecodeParams& params, const LaunchContext& context) {
     const Partials partials = partials_of(params);
-    const Status status = attend_splits(params, partials, context);
+    const Status status = attend_by_cache(params, partials, context);
     return status.ok() ? combine_splits(params, partials, context) : status;
 }
 

@@ -210,13 +210,11 @@ __device__ void add_pools(HeadSums<kDim, kHeadTiles>& sums, const AttendSmem& sm
         for (int i = 0; i < 4; ++i) {
             entry[i] = 32 * warp + 16 * step + lane_token(i);
             const int32_t token = (first_pool + entry[i]) << cache.pool_shift;
-            const int32_t page = token < visible ? cache.page_of(token) : -1;
-            const int32_t record_row = page >= 0 ? cache.pool_row(token) : 0;
+            const int32_t page = cache.page_or_any(token < visible ? token : -1, &exists[i]);
+            const int32_t record_row = cache.pool_row(exists[i] ? token : 0);
             row[i] =
                 cache.rows + page * cache.rows_stride_page + record_row * kDim + 8 * (lane / 4);
-            scale[i] = page >= 0
-                           ? __ldg(cache.scales + page * cache.scales_stride_page + record_row)
-                           : 0.0f;
+            scale[i] = __ldg(cache.scales + page * cache.scales_stride_page + record_row);
         }
         uint2 bytes[HeadSums<kDim, kHeadTiles>::kSets][4];
 #pragma unroll
@@ -233,7 +231,7 @@ __device__ void add_pools(HeadSums<kDim, kHeadTiles>& sums, const AttendSmem& sm
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 weight[i] =
-                    row[i] && head < group ? scale[i] * smem.far_weight[entry[i]][head] : 0.0f;
+                    exists[i] && head < group ? scale[i] * smem.far_weight[entry[i]][head] : 0.0f;
             weights[n][0] = pack_weights(weight[0], weight[1], T{});
             weights[n][1] = pack_weights(weight[2], weight[3], T{});
         }
