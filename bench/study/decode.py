@@ -28,16 +28,17 @@ DENSE = replace(PLAN, keys=0)
 
 
 def far_field() -> dict[str, Policy]:
+    unit = replace(PLAN, weight="unit")
     return {
         "none": replace(PLAN, weight="none"),
-        "n e^(mean score) of a pool's rest": replace(PLAN, weight="pool"),
-        "the same, attended values taken off": replace(PLAN, weight="pool", subtract=True),
-        "n e^(mean score) of a unit's rest": PLAN,
-        "the same, attended values off": replace(PLAN, subtract=True),
+        "units that were not shortlisted": PLAN,
         "the same, pools of 16": replace(PLAN, pool=16),
         "the same, pools of 64": replace(PLAN, pool=64),
-        "sum of e^score, or of e^mean where not scored": replace(PLAN, weight="mass"),
-        "n e^mean where not scored, else nothing": replace(PLAN, weight="unscored"),
+        "these, scored keys by their unit's mean score": unit,
+        "the same, attended values taken off": replace(unit, subtract=True),
+        "mean score of the pool's rest": replace(PLAN, weight="pool"),
+        "the same, attended values off": replace(PLAN, weight="pool", subtract=True),
+        "units that were not shortlisted, scored keys by their mass": replace(PLAN, weight="mass"),
     }
 
 
@@ -111,8 +112,8 @@ def table(subjects: list[Subject], policies: dict[str, Policy], budgets: tuple[i
     print("|---|" + "---|" * len(budgets))
     for label, policy in policies.items():
         cells = []
-        for keys in budgets if policy.keys else (0,):
-            chosen = replace(policy, keys=keys)
+        for keys in budgets:
+            chosen = replace(policy, keys=keys if policy.keys else 0)
             cells.append(cell([subject.run(chosen) for subject in subjects]))
         print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 

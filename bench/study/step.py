@@ -36,7 +36,7 @@ class Policy:
     # What the keys of a pool that are not attended weigh: their number times e to their mean
     # score, by units or by the pool ("unit", "pool"); the sum of e to what is known of them, the
     # unit's mean or the key's score ("mass"); that without shortlisted keys ("unscored").
-    weight: Literal["unit", "pool", "mass", "unscored", "none"] = "unit"
+    weight: Literal["unit", "pool", "mass", "unscored", "none"] = "unscored"
     subtract: bool = False  # attended values from a pool's sum
     means: Literal["float", "int8", "centered int8"] = "float"
     query: Literal["float", "int8"] = "float"  # in the scan
