@@ -578,9 +578,9 @@ CPU = (
     ),
     Mutant(
         "counts_of_empty_lists_unread",
-        "cpu/attention.cc",
-        "if (params_.block_counts != nullptr)",
-        "if (params_.block_counts != nullptr && params_.max_blocks > 0)",
+        "include/condensate/block_walk.h",
+        "if (params.block_counts == nullptr) return {};",
+        "if (params.block_counts == nullptr || params.max_blocks == 0) return {};",
         "test_contents.py without_places",
     ),
     Mutant(
@@ -827,9 +827,9 @@ CUDA = (
     ),
     Mutant(
         "cuda_counts_of_empty_lists_unread",
-        "device/tile_walk.h",
-        "if (params.block_counts) {",
-        "if (params.block_indices) {",
+        "include/condensate/block_walk.h",
+        "if (params.block_counts == nullptr) return {};",
+        "if (params.block_counts == nullptr || params.max_blocks == 0) return {};",
         "test_contents.py without_places",
         "cuda",
     ),

@@ -254,7 +254,8 @@ def round_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.full_like(largest, 127) / largest  # a number / a tensor would round twice
     usable = factor.isfinite() & largest.isfinite()
     entries = torch.where(usable, (rows * factor).round(), 0.0)
-    scale = torch.where(usable, largest / 127, 0.0)
+    # On CUDA torch divides by a number by multiplying with its inverse.
+    scale = torch.where(usable, largest / torch.full_like(largest, 127), 0.0)
     return entries, torch.where(largest.isfinite(), scale, torch.nan)[..., 0]
 
 
