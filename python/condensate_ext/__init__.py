@@ -27,7 +27,6 @@ from condensate_ext.ops import (
     merge_states,
     omitted_mass,
     select_blocks,
-    select_tokens,
 )
 
 __version__ = _version("condensate_ext")
@@ -56,7 +55,6 @@ __all__ = [
     "omitted_mass",
     "read_error_word",
     "select_blocks",
-    "select_tokens",
     "select_tokens_with_kvcache",
     "token_sparse_attention_with_kvcache",
 ]

@@ -18,7 +18,7 @@ class OmittedMassAudit:
     """What :func:`audit_omitted_mass` found, on the query's device; shares of 0 to 1."""
 
     rows: Tensor  # [R] int64, ascending: the audited queries
-    omitted: Tensor  # [B, Hq, R] float32: what each of them leaves out
+    omitted_mass: Tensor  # [B, Hq, R] float32: what each of them leaves out
     mean: Tensor  # [B, Hq] float64: the rows' mean, an estimate of that over all Lq queries
     lower: Tensor  # [B, Hq] float64: the confidence interval of the mean over all Lq queries
     upper: Tensor
