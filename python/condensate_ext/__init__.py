@@ -24,10 +24,9 @@ from condensate_ext.ops import (
     attention_forward,
     block_sparse_attention,
     block_summaries,
-    merge_states,
-    omitted_mass,
     select_blocks,
 )
+from condensate_ext.states import merge_states, omitted_mass
 
 __version__ = _version("condensate_ext")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condensate_ext.ops import omitted_mass
+from condensate_ext.states import omitted_mass
 
 _KAPPA = 7 / 3 + 3 / math.sqrt(2)  # of the empirical Bernstein-Serfling inequality
 
