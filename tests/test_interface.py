@@ -8,7 +8,7 @@ import inspect
 import condensate_ext as ops
 import pytest
 import torch
-from condensate_ext import _defaults, kvcache, states
+from condensate_ext import _defaults, audit, kvcache, states
 from condensate_ext import ops as functions
 
 from tests.testkit.cases import Case
@@ -90,9 +90,30 @@ def test_a_log_sum_exp_without_the_estimate(device, selector):
         assert len(ops.last_plan().stages) < stages, "the estimate was made after all"
 
 
-@pytest.mark.parametrize("module", [ops, functions, states, kvcache], ids=lambda m: m.__name__)
-def test_examples_run(module):
+def _examples():
+    """Docstrings of the modules, and of every public function and method in them."""
+    for module in (ops, functions, states, kvcache, audit):
+        yield module.__name__, module
+    for name in ops.__all__:
+        value = getattr(ops, name)
+        if callable(value):
+            yield name, inspect.unwrap(value)
+
+
+EXAMPLES = dict(_examples())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name):
     torch.manual_seed(0)
-    found = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.ELLIPSIS)
-    assert found.failed == 0
-    assert found.attempted
+    names = {**vars(ops), "torch": torch}
+    finder = doctest.DocTestFinder(recurse=inspect.isclass(EXAMPLES[name]))
+    tests = finder.find(EXAMPLES[name], name, module=False, globs=names)
+    runner = doctest.DocTestRunner()
+    for test in tests:
+        assert runner.run(test).failed == 0
+
+
+@pytest.mark.parametrize("name", [*OPERATORS[:4], *OPERATORS[5:8], "audit_omitted_mass"])
+def test_functions_have_an_example(name):
+    assert ">>> " in inspect.getdoc(EXAMPLES[name])

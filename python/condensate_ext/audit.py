@@ -37,6 +37,13 @@ def audit_omitted_mass(
 ) -> OmittedMassAudit:
     """Measures the mean softmax mass that an attention left out, exactly or from a sample of rows.
 
+    >>> query, key, value = torch.randn(3, 1, 4, 900, 64)
+    >>> support = dict(topk=128, window=64, far_field=False, estimate=False)
+    >>> out, lse = attention_forward(query, key, value, **support)
+    >>> audit = audit_omitted_mass(query, key, lse, sample=100)
+    >>> bool((audit.lower < audit.mean).all() and (audit.mean < audit.upper).all())
+    True
+
     Every audited row scores all keys that it sees, by :func:`condensate_ext.omitted_mass`. A sample
     is drawn uniformly without replacement, one for all batches and heads. The interval holds for
     samples of any size and for any content: ``mean ± h``, within [0, 1], ``h`` the smaller of

@@ -80,6 +80,10 @@ def attention(
     selectors from 1,024 keys on where selecting would not be faster: where an average query sees at
     most 5/4 of the keys that it would attend (in a causal prefill, up to 2.5 times the budget).
 
+    >>> query, key, value = torch.randn(3, 1, 4, 300, 64)
+    >>> out = attention(query, key, value, window=64, anchors=16, topk=64)
+    >>> exact = attention(query, key, value, window=64, anchors=16, topk=50, selector="exact")
+
     Args:
         query: ``[B, Hq, Lq, D]``.
         key: ``[B, Hkv, Lk, D]``.
@@ -200,6 +204,9 @@ def attention_forward(
 def block_summaries(key: Tensor, *, selector: BlockSelector = "block") -> Tensor:
     """Everything that block selection needs to know about the keys, in one pass over them.
 
+    >>> block_summaries(torch.randn(1, 2, 300, 64)).shape  # 9 rows for each of 5 blocks
+    torch.Size([1, 2, 45, 64])
+
     Args:
         key: ``[B, Hkv, Lk, D]``, with positions already encoded.
         selector: ``"block"`` keeps the mean of every 8 and of every 64 keys, ``"quest"`` the
@@ -246,6 +253,11 @@ def select_blocks(
     262,144 keys (of ``max(64, 2 * K)`` blocks) and for a single query whose keys are given (of
     ``max(64, 4 * K)``). Ties go to the lower block. The result does not depend on what else is in
     the batch.
+
+    >>> query, key = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 900, 64)
+    >>> indices, counts = select_blocks(query, block_summaries(key), key=key, topk=128)
+    >>> indices.shape, counts.flatten().tolist()
+    (torch.Size([1, 2, 1, 2]), [2, 2])
 
     Args:
         query: ``[B, Hq, Lq, D]``.
@@ -325,6 +337,10 @@ def block_sparse_attention(
     block is attended, once. An entry that is out of range or not ascending is skipped, a count
     outside ``0..K`` is clamped, and :func:`condensate_ext.read_error_word` tells; with
     ``CONDENSATE_STRICT=1`` in the environment the call waits and raises instead.
+
+    >>> query, key, value = torch.randn(3, 1, 1, 64, 64)
+    >>> indices, counts = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.ones(1, 1, 1).int()
+    >>> out, lse = block_sparse_attention(query, key, value, indices, counts, window=1, anchors=0)
 
     Args:
         query: ``[B, Hq, Lq, D]``.

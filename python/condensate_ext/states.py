@@ -1,16 +1,4 @@
-"""What is done with an attention's results: measuring what it left out, merging two of them.
-
->>> import torch, condensate_ext
->>> query, key, value = torch.randn(3, 1, 4, 900, 64)
->>> budget = dict(topk=128, window=64, anchors=16)
->>> out, lse = condensate_ext.attention_forward(
-...     query, key, value, far_field=False, estimate=False, **budget)
->>> left_out = condensate_ext.omitted_mass(query, key, lse)
->>> bool(left_out[:, :, :64].max() < 1e-3)  # all within the window
-True
->>> bool(left_out[:, :, 800:].min() > 0.1)
-True
-"""
+"""What is done with an attention's results: measuring what it left out, merging two of them."""
 
 from __future__ import annotations
 
@@ -32,6 +20,12 @@ def omitted_mass(
     scale: float | None = None,
 ) -> Tensor:
     """Measures how much softmax mass an attention left out, by scoring every visible key.
+
+    >>> query, key, value = torch.randn(3, 1, 4, 900, 64)
+    >>> support = dict(topk=128, window=64, far_field=False, estimate=False)
+    >>> out, lse = attention_forward(query, key, value, **support)
+    >>> omitted_mass(query, key, lse, rows=torch.tensor([5, 890])).shape
+    torch.Size([1, 4, 2])
 
     It audits a support: pass the log-sum-exp of a call with ``far_field=False``. That of the far
     field also holds the condensed keys, by a bound from below of their mass, so against it only
@@ -67,6 +61,10 @@ def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Merges two attention results over disjoint keys into the result over their union.
+
+    >>> out, lse = torch.randn(2, 1, 4, 9, 64), torch.zeros(2, 1, 4, 9)
+    >>> merged, _ = merge_states(out[0], lse[0], out[1], lse[1])
+    >>> torch.testing.assert_close(merged, out.mean(0))
 
     Args:
         out_a: ``[B, H, L, D]``, contiguous.
