@@ -49,7 +49,7 @@ class Case:
 
     @property
     def tile_positions(self) -> int:
-        """Consecutive positions that share a list (docs/architecture.md, Tiles)."""
+        """Consecutive positions that share a list (docs/definition.md, Tiles)."""
         positions = 64
         while positions > 1 and positions * self.group > 128:
             positions //= 2

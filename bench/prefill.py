@@ -59,7 +59,12 @@ class CaseRun:
 
     def select(self, inputs: Inputs, summaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         indices, counts = self.ops.select_blocks(
-            inputs.query, summaries, kv_len=self.case.n, topk=self.case.topk, **self.ranges
+            inputs.query,
+            summaries,
+            kv_len=self.case.n,
+            topk=self.case.topk,
+            far_field=False,
+            **self.ranges,
         )
         return indices, counts
 

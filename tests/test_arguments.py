@@ -8,6 +8,7 @@ import re
 import condensate_ext as ops
 import pytest
 import torch
+from condensate_ext import _token_selection
 
 from tests.testkit.cases import Case
 
@@ -19,16 +20,20 @@ def _without_memory(value):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
+def _op(name: str):
+    return getattr(_token_selection if name == "select_tokens" else ops, name)
+
+
 def _refusal(name: str, args: tuple, kwargs: dict) -> str:
     """The message that the op and its fake refuse a call with: one, unless it is about devices."""
     with pytest.raises(ValueError) as caught:
-        getattr(ops, name)(*args, **kwargs)
+        _op(name)(*args, **kwargs)
     message = str(caught.value)
     if " is on " not in message:
         shapes = tuple(map(_without_memory, args))
         options = {key: _without_memory(value) for key, value in kwargs.items()}
         with pytest.raises(ValueError) as of_fake:
-            getattr(ops, name)(*shapes, **options)
+            _op(name)(*shapes, **options)
         assert str(of_fake.value) == message
     return message
 
@@ -188,9 +193,7 @@ def test_selection_arguments(refused, device):
     query, key, _ = _qkv(device)
     units = ops.block_summaries(key)
     sound = {"kv_len": 200, "topk": 64, "window": 4}
-    refused(
-        "block_summaries", (key,), {"selector": "exact"}, 'selector is "exact"', "select_tokens"
-    )
+    refused("block_summaries", (key,), {"selector": "exact"}, 'selector is "exact"', "to attention")
     refused("block_summaries", (key,), {"selector": "?"}, 'selector is "?"', '"quest"')
     refused("block_summaries", (key[0],), {}, "key has shape [1, 200, 64]", "4 dimensions")
 
@@ -204,8 +207,9 @@ def test_selection_arguments(refused, device):
         "kv_len 300",
     )
     bad({"kv_len": -1}, "kv_len")
+    bad({"kv_len": None}, "kv_len and key are None", "pass key=key", "kv_len=key.shape[2]")
     bad({"selector": "quest"}, "summaries has shape", "same selector")
-    bad({"selector": "exact"}, 'selector is "exact"', "select_tokens")
+    bad({"selector": "exact"}, 'selector is "exact"', "to attention")
     bad({"topk": 65}, "topk is 65", "pass 64 or 128")
     bad({"window": -2}, "window is -2")
     bad({}, "summaries has dtype float16", "expected one dtype", u=units.half())
@@ -320,12 +324,12 @@ def test_no_tensor_may_be_a_meta_tensor_beside_others(device):
         for place in range(len(tensors)):
             mixed = [_without_memory(t) if i == place else t for i, t in enumerate(tensors)]
             with pytest.raises(ValueError, match=f"^{name}: .* is on .*, expected one device"):
-                getattr(ops, name)(*mixed, **options)
+                _op(name)(*mixed, **options)
             tried += 1
         for key, value in options.items():
             if isinstance(value, torch.Tensor):
                 with pytest.raises(ValueError, match=f"^{name}: {key} is on meta and query on "):
-                    getattr(ops, name)(*tensors, **{**options, key: _without_memory(value)})
+                    _op(name)(*tensors, **{**options, key: _without_memory(value)})
                 tried += 1
     assert tried >= 24
 

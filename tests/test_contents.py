@@ -111,7 +111,7 @@ def test_budgets_of_heads_are_clamped_and_no_error(device):
     query, key, _ = case.tensors()
     condensate_ext.read_error_word(device)
     _, counts = ops.select_blocks(
-        query, ops.block_summaries(key), kv_len=900, **case.selection_args, **case.range_args
+        query, ops.block_summaries(key), kv_len=900, **case.selection_args, **case.attention_args
     )
     assert counts.flatten().tolist() == [0, 0, 2, 2]
     assert condensate_ext.read_error_word(device) == ErrorWord.NONE

@@ -123,7 +123,7 @@ def test_a_budget_that_covers_the_cache_is_dense(device, seed, dtype, query_len,
     for summaries in (cache.summaries, None):
         out, lse, omitted = ops.attention_with_kvcache(
             *cache.tensors, **{**cache.args, "summaries": summaries}, return_lse=True,
-            return_omitted=True,
+            return_estimate=True,
         )  # fmt: skip
         oracle.assert_matches(reference, out, lse)
         assert (omitted == 0).all()

@@ -82,7 +82,7 @@ def _step(query, key, value, lengths, table, rows, scales, sinks, out):
     selected = {**common, "summaries": summaries, "topk": 64, "shortlist": 256}
     results = ops.attention_with_kvcache(
         query * 2, key, value, lengths, **selected, sinks=sinks, return_lse=True,
-        return_omitted=True,
+        return_estimate=True,
     )  # fmt: skip
     ops.attention_with_kvcache(query, key, value, lengths, **selected, out=out)
     lists = ops.select_tokens_with_kvcache(query, key, value, lengths, **selected)
@@ -329,7 +329,7 @@ def test_out_has_to_fit(device):
 def test_what_is_returned(device):
     cache = small_cache(device)
     out, lse, omitted = ops.attention_with_kvcache(
-        *cache.tensors, **cache.args, return_lse=True, return_omitted=True
+        *cache.tensors, **cache.args, return_lse=True, return_estimate=True
     )
     only = ops.attention_with_kvcache(*cache.tensors, **cache.args)
     assert isinstance(only, Tensor) and torch.equal(only, out)
@@ -337,7 +337,7 @@ def test_what_is_returned(device):
         ops.attention_with_kvcache(*cache.tensors, **cache.args, return_lse=True)[1], lse
     )
     assert torch.equal(
-        ops.attention_with_kvcache(*cache.tensors, **cache.args, return_omitted=True)[1], omitted
+        ops.attention_with_kvcache(*cache.tensors, **cache.args, return_estimate=True)[1], omitted
     )
 
 

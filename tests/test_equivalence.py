@@ -73,7 +73,7 @@ def test_attention_is_its_stages_one_after_another(device, selector):
     query, key, value = case.tensors()
     lists = ops.select_blocks(
         query, ops.block_summaries(key, selector=selector), kv_len=900, topk=64,
-        selector=selector, **case.range_args,
+        selector=selector, **case.attention_args,
     )  # fmt: skip
     staged = ops.block_sparse_attention(query, key, value, *lists, **case.attention_args)
     assert all(map(torch.equal, staged, _forward(case, query, key, value)[:2]))

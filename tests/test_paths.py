@@ -6,6 +6,7 @@ import condensate_ext
 import condensate_ext as ops
 import pytest
 import torch
+from condensate_ext._token_selection import select_tokens
 
 from tests.testkit.cases import Case, from_seed
 from tests.testkit.checks import check_case
@@ -57,7 +58,7 @@ def _all_ops(case: Case):
     summaries = ops.block_summaries(key)
     lists = ops.select_blocks(query, summaries, kv_len=case.kv_len, **common)
     yield condensate_ext.last_plan()
-    ops.select_tokens(query, key, **common)
+    select_tokens(query, key, **common)
     yield condensate_ext.last_plan()
     _, lse = ops.block_sparse_attention(query, key, value, *lists, **case.attention_args)
     yield condensate_ext.last_plan()

@@ -50,9 +50,15 @@ def test_ranges_alone_attend_to_no_more_than_they_hold(device):
     case = Case(device, query_len=2048, kv_len=2048)
     query, key, value = case.tensors()
     tiles = ops.select_blocks(
-        query, ops.block_summaries(key), kv_len=2048, topk=0, window=800, anchors=64
+        query,
+        ops.block_summaries(key),
+        kv_len=2048,
+        topk=0,
+        window=800,
+        anchors=64,
+        far_field=False,
     )
-    ops.block_sparse_attention(query, key, value, *tiles, window=800, anchors=64)
+    ops.block_sparse_attention(query, key, value, *tiles, window=800, anchors=64, far_field=False)
     ranges = ops.last_plan()
     assert (ranges.selection, ranges.keys_per_query) == ("given", 864)
 

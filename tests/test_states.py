@@ -14,7 +14,7 @@ from tests.testkit.definition import DTYPES, Ranges
 def _split_attention(case: Case, at: int):
     """(out, lse) of the keys before and from `at`, without causality, and of all keys."""
     query, key, value = case.tensors()
-    full = {"window": 0, "causal": False, "anchors": case.kv_len}
+    full = {"window": 0, "causal": False, "anchors": case.kv_len, "far_field": False}
     counts = torch.zeros(
         case.batch, case.kv_heads, -(-case.query_len // 64), dtype=torch.int32, device=case.device
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import condensate_ext as ops
 import pytest
 import torch
+from condensate_ext._token_selection import select_tokens
 
 from tests.testkit import oracle, selection
 from tests.testkit.cases import INTEGER_SCALE, Case
@@ -21,7 +21,7 @@ def test_integer_scores_with_many_ties(device, seed, dtype, causal, topk):
         topk=topk, causal=causal, scale=INTEGER_SCALE, selector="exact", content="integers",
     )  # fmt: skip
     query, key, _ = case.tensors()
-    threshold, tie = ops.select_tokens(query, key, topk=topk, **case.range_args)
+    threshold, tie = select_tokens(query, key, topk=topk, **case.range_args)
     score, candidates = oracle.scores(query, key, case.scale), case.ranges.candidates()
     assert score.unique().numel() < 100, "the scores have to tie for this test to mean something"
     chosen = support_of_pairs(case.ranges, score, threshold, tie) & candidates
@@ -49,7 +49,7 @@ def test_nan_scores_are_never_selected(device, dtype):
     case = Case(device, dtype=dtype, query_len=30, kv_len=300, selector="exact")
     query, key, _ = case.tensors()
     key[:, :, 100:110] = torch.nan
-    threshold, tie = ops.select_tokens(query, key, topk=20, **case.range_args)
+    threshold, tie = select_tokens(query, key, topk=20, **case.range_args)
     score = oracle.scores(query, key.nan_to_num(0.0), None)
     score[..., 100:110] = torch.nan
     assert not threshold.isnan().any()

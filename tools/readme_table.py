@@ -1,7 +1,8 @@
-"""Writes the tables of README.md from the committed results: `python tools/readme_table.py`.
+"""Writes the tables of README.md and docs/ from the committed results:
+`python tools/readme_table.py`.
 
 Every figure between the markers comes from bench/results, of the first of CARDS that has them;
-`--check` changes nothing and fails when the README says something else.
+`--check` changes nothing and fails when a page says something else.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 CARDS = ("nvidia-h200", "nvidia-h100")
+HEADLINES = (8192, 16384, 32768, 65536, 131072)  # tokens
 PROTOCOLS = {
     "decode": "decode, one query at a time",
     "needles": "needles within {distance:,} tokens, asked in the last tile",
@@ -40,7 +41,8 @@ def milliseconds(value: float) -> str:
 
 def caption(document: Record, what: str) -> str:
     e = document["environment"]
-    return f"{what}. {e['gpu']}, torch {e['torch']}, CUDA {e['cuda']}, {e['date']}."
+    made = f"{e['date']}, commit {e['commit'][:7]}"
+    return f"{what}. {e['gpu']}, torch {e['torch']}, CUDA {e['cuda']}, {made}."
 
 
 def where_dense_wins(records: list[Record]) -> str:
@@ -89,6 +91,31 @@ def prefill_table(document: Record) -> str:
     title = caption(document, "Causal prefill, batch 1, selection and far field included")
     notes = f"{where_dense_wins(records)} {lists_given(records)}"
     return f"{title}\n\n{markdown(header, rows)}\n\n{notes}"
+
+
+def headlines_table(document: Record) -> str:
+    """The reference shape at lengths that show where it starts to pay."""
+    records = {r["n"]: r for r in document["records"] if headline(r)}
+    rows = [
+        [
+            f"{n:,}",
+            milliseconds(r["total_ms"]),
+            f"{milliseconds(r['peer_ms'])} ({r['peer'].removeprefix('sdpa_')})",
+            f"{r['speedup']:.1f}x",
+        ]
+        for n, r in sorted(records.items())
+    ]
+    header = ["tokens", "`attention()` ms", "torch's best dense ms", "speed-up"]
+    what = (
+        "Causal prefill of one sequence, 32 query and 8 KV heads, head_dim 128, bfloat16, 2,048 "
+        "keys per query"
+    )
+    return f"{caption(document, what)}\n\n{markdown(header, rows)}"
+
+
+def headline(r: Record) -> bool:
+    shape = (r["heads"], r["head_dim"], r["budget"])
+    return shape == (32, 128, 2048) and r["n"] in HEADLINES
 
 
 def result(record: Record) -> list[str]:
@@ -161,45 +188,52 @@ def fidelity_table(document: Record, *more: Record) -> str:
     return f"{caption(document, what)}\n\n{markdown(header, rows)}"
 
 
-# A table and the results that it is made of: of needles nearer than the model's reach, too.
-TABLES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "prefill": (prefill_table, ("prefill",)),
-    "fidelity": (fidelity_table, ("fidelity", "needles")),
+# Pages, their tables, and the results that each is made of: of needles nearer than the model's
+# reach, too.
+Table = tuple[Callable[..., str], tuple[str, ...]]
+PAGES: dict[str, dict[str, Table]] = {
+    "README.md": {"headlines": (headlines_table, ("prefill",))},
+    "docs/performance.md": {"prefill": (prefill_table, ("prefill",))},
+    "docs/quality.md": {"fidelity": (fidelity_table, ("fidelity", "needles"))},
 }
 
 
-def fill(text: str) -> str:
-    """The README with every table made anew."""
-    for name, (table, sources) in TABLES.items():
+def fill(page: str, text: str) -> str:
+    """The page with every table made anew."""
+    for name, (table, sources) in PAGES[page].items():
         begin, end = f"<!-- {name}: made by tools/readme_table.py -->", f"<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)
         if not found:
-            raise SystemExit(f"README.md lacks the markers of table '{name}'")
-        folders = [RESULTS / card for card in CARDS if (RESULTS / card / f"{name}.json").exists()]
-        if folders:
+            raise SystemExit(f"{page} lacks the markers of table '{name}'")
+        cards = [
+            RESULTS / card for card in CARDS if (RESULTS / card / f"{sources[0]}.json").exists()
+        ]
+        if cards:
             documents = [
-                json.loads((folders[0] / f"{source}.json").read_text(encoding="utf-8"))
+                json.loads((cards[0] / f"{source}.json").read_text(encoding="utf-8"))
                 for source in sources
             ]
             text = f"{head}{begin}\n{table(*documents)}\n{end}{tail}"
         else:
-            print(f"no {name}.json in {RESULTS}: its table stays as it is", file=sys.stderr)
+            print(f"no {sources[0]}.json in {RESULTS}: {page} stays as it is", file=sys.stderr)
     return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail when the README differs")
+    parser.add_argument("--check", action="store_true", help="fail when a page differs")
     options = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = fill(before)
-    if options.check:
-        if before != after:
-            print("README.md differs from the results: run tools/readme_table.py", file=sys.stderr)
-        return int(before != after)
-    README.write_text(after, encoding="utf-8")
-    return 0
+    stale = 0
+    for page in PAGES:
+        before = (ROOT / page).read_text(encoding="utf-8")
+        after = fill(page, before)
+        stale += before != after
+        if not options.check:
+            (ROOT / page).write_text(after, encoding="utf-8")
+        elif before != after:
+            print(f"{page} differs from the results: run tools/readme_table.py", file=sys.stderr)
+    return int(options.check and stale > 0)
 
 
 if __name__ == "__main__":

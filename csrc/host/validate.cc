@@ -208,7 +208,7 @@ Status validate_block_selector(const char* op, Selector selector) {
         return {};
     return make_status(StatusCode::kInvalidArgument,
                        "%s: selector is %s, expected \"block\", \"quest\" or \"mean\"; \"exact\" "
-                       "selects single keys: use select_tokens.",
+                       "selects single keys: pass selector=\"exact\" to attention.",
                        op, selector == Selector::kExact ? "\"exact\"" : "unknown");
 }
 

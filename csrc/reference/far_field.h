@@ -1,4 +1,4 @@
-// The far field as a tile sees it: docs/architecture.md, "Far field".
+// The far field as a tile sees it: docs/definition.md, "Far field".
 #pragma once
 
 #include <cstdint>

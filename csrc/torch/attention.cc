@@ -73,15 +73,17 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
     int64_t topk, std::optional<Tensor> topk_per_head, std::optional<double> top_p,
-    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale) {
+    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale,
+    bool wants_estimate) {
     const char* op = "attention_forward";
     AttentionCall call = policy_call(op, query, key, value, {window, anchors, causal, scale},
                                      {topk, topk_per_head, top_p}, far_field, selector);
     Tensor out = allocate_out(op, query), lse = allocate_rows(op, query);
-    Tensor estimate = allocate_rows(op, query);
+    Tensor estimate =
+        wants_estimate ? allocate_rows(op, query) : allocate(op, query, {0}, ScalarType::Float);
     call.out = out.mutable_data_ptr();
     call.lse = floats(lse);
-    call.omitted_mass_estimate = floats(estimate);
+    if (wants_estimate) call.omitted_mass_estimate = floats(estimate);
     run(op, query, call);
     return {out, lse, estimate};
 }

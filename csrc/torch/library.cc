@@ -16,13 +16,13 @@ STABLE_TORCH_LIBRARY(condensate, m) {
     m.def(
         "attention_forward(Tensor query, Tensor key, Tensor value, *, SymInt window=256, "
         "SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, float? top_p=None, "
-        "bool? far_field=None, int selector=0, bool causal=True, float? scale=None) "
-        "-> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
+        "bool? far_field=None, int selector=0, bool causal=True, float? scale=None, "
+        "bool estimate=True) -> (Tensor out, Tensor lse, Tensor omitted_mass_estimate)");
     m.def("block_summaries(Tensor key, *, int selector=0) -> Tensor");
     m.def(
         "select_blocks(Tensor query, Tensor summaries, Tensor? key=None, *, SymInt kv_len, "
         "SymInt window=256, SymInt anchors=64, SymInt topk=1728, Tensor? topk_per_head=None, "
-        "float? top_p=None, bool far_field=False, int selector=0, bool causal=True, float? "
+        "float? top_p=None, bool far_field=True, int selector=0, bool causal=True, float? "
         "scale=None) "
         "-> (Tensor block_indices, Tensor block_counts)");
     m.def(
@@ -31,7 +31,7 @@ STABLE_TORCH_LIBRARY(condensate, m) {
         "-> (Tensor threshold, Tensor tie_index)");
     m.def(
         "block_sparse_attention(Tensor query, Tensor key, Tensor value, Tensor block_indices, "
-        "Tensor block_counts, *, SymInt window=256, SymInt anchors=64, bool far_field=False, "
+        "Tensor block_counts, *, SymInt window=256, SymInt anchors=64, bool far_field=True, "
         "bool causal=True, float? scale=None) -> (Tensor out, Tensor lse)");
     m.def(
         "omitted_mass(Tensor query, Tensor key, Tensor lse, *, Tensor? rows=None, "

@@ -20,7 +20,8 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, in
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, int64_t window, int64_t anchors,
     int64_t topk, std::optional<Tensor> topk_per_head, std::optional<double> top_p,
-    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale);
+    std::optional<bool> far_field, int64_t selector, bool causal, std::optional<double> scale,
+    bool estimate);
 
 std::tuple<Tensor, Tensor> block_sparse_attention(const Tensor& query, const Tensor& key,
                                                   const Tensor& value, const Tensor& block_indices,

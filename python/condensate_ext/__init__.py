@@ -24,11 +24,9 @@ from condensate_ext.ops import (
     attention_forward,
     block_sparse_attention,
     block_summaries,
-    merge_states,
-    omitted_mass,
     select_blocks,
-    select_tokens,
 )
+from condensate_ext.states import merge_states, omitted_mass
 
 __version__ = _version("condensate_ext")
 
@@ -56,7 +54,6 @@ __all__ = [
     "omitted_mass",
     "read_error_word",
     "select_blocks",
-    "select_tokens",
     "select_tokens_with_kvcache",
     "token_sparse_attention_with_kvcache",
 ]

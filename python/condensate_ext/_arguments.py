@@ -41,6 +41,7 @@ _KINDS = {
         exact=frozenset({Tensor, _NONE}), expected="a torch.Tensor or None"
     ),
     "int": _COUNT,
+    "int | None": _COUNT._replace(exact=frozenset({int, _NONE}), expected="an int or None"),
     "bool": _FLAG,
     "bool | None": _FLAG._replace(exact=frozenset({bool, _NONE}), expected="True, False or None"),
     "float | None": _NUMBER,

@@ -179,7 +179,7 @@ def block_selector(op: str, number: int) -> None:
         fail(
             op,
             'selector is "exact", expected "block", "quest" or "mean"; "exact" selects single '
-            "keys: use select_tokens.",
+            'keys: pass selector="exact" to attention.',
         )
 
 

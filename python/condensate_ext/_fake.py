@@ -15,6 +15,7 @@ from torch import Tensor
 
 from condensate_ext import _checks as checks
 from condensate_ext._checks import BLOCK_KEYS, Argument
+from condensate_ext._defaults import ANCHORS, CACHE_TOPK, TOPK, WINDOW
 from condensate_ext._selectors import SELECTORS
 
 TILE_ROWS = 128
@@ -72,9 +73,9 @@ def _check_policy(
     key: Tensor,
     value: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     far_field: bool | None = None,
@@ -97,10 +98,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, **policy: Any) -> Tens
 
 
 def _attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, **policy: Any
+    query: Tensor, key: Tensor, value: Tensor, *, estimate: bool = True, **policy: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_policy("attention_forward", query, key, value, **policy)
-    return _out(query), _rows(query), _rows(query)
+    made = _rows(query) if estimate else query.new_empty((0,), dtype=torch.float32)
+    return _out(query), _rows(query), made
 
 
 def _block_summaries(key: Tensor, *, selector: int = 0) -> Tensor:
@@ -151,12 +153,12 @@ def _select_blocks(
     key: Tensor | None = None,
     *,
     kv_len: int,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
-    far_field: bool = False,
+    far_field: bool = True,
     selector: int = 0,
     causal: bool = True,
     scale: float | None = None,
@@ -197,9 +199,9 @@ def _select_tokens(
     query: Tensor,
     key: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -217,9 +219,9 @@ def _block_sparse_attention(
     block_indices: Tensor,
     block_counts: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    far_field: bool = False,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    far_field: bool = True,
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -284,7 +286,7 @@ def _attention_with_kvcache_(query: Tensor, *_: object, **__: object) -> tuple[T
 
 
 def _select_tokens_with_kvcache(
-    query: Tensor, key_cache: Tensor, *_: object, topk: int = 704, **__: object
+    query: Tensor, key_cache: Tensor, *_: object, topk: int = CACHE_TOPK, **__: object
 ) -> tuple[Tensor, Tensor]:
     batch, _heads, query_len, _head_dim = query.shape
     lists = (batch, key_cache.shape[1], query_len)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condensate_ext.ops import omitted_mass
+from condensate_ext.states import omitted_mass
 
 _KAPPA = 7 / 3 + 3 / math.sqrt(2)  # of the empirical Bernstein-Serfling inequality
 
@@ -18,7 +18,7 @@ class OmittedMassAudit:
     """What :func:`audit_omitted_mass` found, on the query's device; shares of 0 to 1."""
 
     rows: Tensor  # [R] int64, ascending: the audited queries
-    omitted: Tensor  # [B, Hq, R] float32: what each of them leaves out
+    omitted_mass: Tensor  # [B, Hq, R] float32: what each of them leaves out
     mean: Tensor  # [B, Hq] float64: the rows' mean, an estimate of that over all Lq queries
     lower: Tensor  # [B, Hq] float64: the confidence interval of the mean over all Lq queries
     upper: Tensor

@@ -91,11 +91,12 @@ def keys_per_query(layer: CapturedLayer, selector: str, keys: int) -> float:
         layer.query,
         block_summaries(layer.key, selector=selector),  # type: ignore[arg-type]
         kv_len=layer.key.shape[2],
+        far_field=False,
         **policy(selector, keys),
     )
     zero = torch.zeros_like(layer.query)
     _, lse = block_sparse_attention(
-        zero, layer.key, layer.value, *lists, window=WINDOW, anchors=ANCHORS
+        zero, layer.key, layer.value, *lists, window=WINDOW, anchors=ANCHORS, far_field=False
     )
     return lse.exp().mean().item()
 

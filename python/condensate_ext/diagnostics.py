@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from condensate_ext import _loader
+from condensate_ext._defaults import ANCHORS, TOPK, WINDOW
 from condensate_ext._selectors import Selector, selector_number
 
 _MESSAGE_BYTES = 512
@@ -171,9 +172,9 @@ def plan(
     kv_len: int,
     head_dim: int,
     dtype: torch.dtype = torch.bfloat16,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     selector: Selector = "block",
     causal: bool = True,
     far_field: bool | None = None,

@@ -48,6 +48,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from condensate_ext._defaults import ANCHORS, CACHE_TOPK, SHORTLIST, WINDOW
 from condensate_ext._loader import require
 
 UNIT_KEYS = 8
@@ -161,10 +162,10 @@ def attention_with_kvcache(
     *,
     block_table: Tensor | None = None,
     summaries: KVSummaries | None = None,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 704,
-    shortlist: int = 4096,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = CACHE_TOPK,
+    shortlist: int = SHORTLIST,
     top_p: float | None = None,
     far_field: bool = True,
     sinks: Tensor | None = None,
@@ -174,7 +175,7 @@ def attention_with_kvcache(
     value_scale: Tensor | None = None,
     out: Tensor | None = None,
     return_lse: bool = False,
-    return_omitted: bool = False,
+    return_estimate: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Softmax attention of new queries over anchors, window and the tokens that matter, the rest
     condensed.
@@ -207,16 +208,16 @@ def attention_with_kvcache(
         out: written and returned where given: ``[B, Hq, Lq, D]`` in the query's dtype, any strides
             with a contiguous last dimension.
         return_lse: also return the log-sum-exp.
-        return_omitted: also return the omitted mass estimate.
+        return_estimate: also return the omitted mass estimate.
 
     Returns:
-        ``out`` ``[B, Hq, Lq, D]`` in the query's dtype. With ``return_lse`` or ``return_omitted`` a
-        tuple of it and
+        ``out`` ``[B, Hq, Lq, D]`` in the query's dtype. With ``return_lse`` or
+        ``return_estimate`` a tuple of it and
 
         * ``lse`` ``[B, Hq, Lq]`` float32: natural log of everything in the softmax; ``-inf`` where
           a query sees no key.
-        * ``omitted`` ``[B, Hq, Lq]`` float32: estimated share of the softmax that was not attended,
-          whether condensed or left out; 0 where every key is attended.
+        * ``omitted_mass_estimate`` ``[B, Hq, Lq]`` float32: estimated share of the softmax that was
+          not attended, whether condensed or left out; 0 where every key is attended.
 
     Raises:
         ValueError: an argument is invalid.
@@ -240,12 +241,12 @@ def attention_with_kvcache(
     )
     caches = (query, key_cache, value_cache, cache_seqlens)
     if out is None:
-        out, lse, omitted = torch.ops.condensate.attention_with_kvcache(*caches, **arguments)
+        out, lse, estimate = torch.ops.condensate.attention_with_kvcache(*caches, **arguments)
     else:
-        lse, omitted = torch.ops.condensate.attention_with_kvcache_(*caches, out, **arguments)
-    if not return_lse and not return_omitted:
+        lse, estimate = torch.ops.condensate.attention_with_kvcache_(*caches, out, **arguments)
+    if not return_lse and not return_estimate:
         return out
-    return (out, *([lse] if return_lse else []), *([omitted] if return_omitted else []))
+    return (out, *([lse] if return_lse else []), *([estimate] if return_estimate else []))
 
 
 def select_tokens_with_kvcache(
@@ -256,10 +257,10 @@ def select_tokens_with_kvcache(
     *,
     summaries: KVSummaries,
     block_table: Tensor | None = None,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 704,
-    shortlist: int = 4096,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = CACHE_TOPK,
+    shortlist: int = SHORTLIST,
     top_p: float | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -310,8 +311,8 @@ def token_sparse_attention_with_kvcache(
     token_counts: Tensor,
     *,
     block_table: Tensor | None = None,
-    window: int = 256,
-    anchors: int = 64,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
     sinks: Tensor | None = None,
     softcap: float = 0.0,
     scale: float | None = None,

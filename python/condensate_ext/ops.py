@@ -2,7 +2,23 @@
 rest condensed.
 
 The idea of attending to a few anchors, a local window and the highest-scoring remaining keys is
-that of https://arxiv.org/abs/2602.06317; docs/architecture.md has the exact definition used here.
+that of https://arxiv.org/abs/2602.06317; docs/definition.md has the exact definition used here.
+
+>>> import torch, condensate_ext
+>>> query = torch.randn(1, 8, 640, 64)
+>>> key, value = torch.randn(2, 1, 2, 640, 64)
+>>> budget = dict(window=64, anchors=16, topk=128)
+>>> out = condensate_ext.attention(query, key, value, **budget)
+>>> out.shape
+torch.Size([1, 8, 640, 64])
+
+The stages of the block selectors, one after another, give the same:
+
+>>> summaries = condensate_ext.block_summaries(key)
+>>> lists = condensate_ext.select_blocks(query, summaries, key=key, **budget)
+>>> ranges = dict(window=64, anchors=16)
+>>> staged, lse = condensate_ext.block_sparse_attention(query, key, value, *lists, **ranges)
+>>> torch.testing.assert_close(staged, out)
 
 Shared by all functions:
 
@@ -32,6 +48,8 @@ import torch
 from torch import Tensor
 
 from condensate_ext._arguments import checked
+from condensate_ext._checks import fail
+from condensate_ext._defaults import ANCHORS, TOPK, WINDOW
 from condensate_ext._loader import require
 from condensate_ext._selectors import BlockSelector, Selector, selector_number
 
@@ -42,9 +60,9 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     far_field: bool | None = None,
@@ -78,8 +96,7 @@ def attention(
             selectors.
         far_field: True condenses what is not attended, and attends the blocks of anchors, window
             and list as a whole, also keys outside a query's own window; False leaves it out. None
-            is True for the selectors that list blocks and False for ``"exact"``, which has no far
-            field.
+            is True, but for ``"exact"``, which has no far field.
         selector: ``"block"`` ranks 64-key blocks by their estimated softmax mass, one list for a
             tile of up to 64 queries of the heads that share a KV head; ``"quest"`` (min/max
             bounds) and ``"mean"`` rank them otherwise; ``"exact"`` takes the highest-scoring keys
@@ -118,19 +135,27 @@ def attention_forward(
     key: Tensor,
     value: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
     far_field: bool | None = None,
     selector: Selector = "block",
     causal: bool = True,
     scale: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    estimate: bool = True,
+) -> tuple[Tensor, ...]:
     """:func:`attention`, with its log-sum-exp and how much softmax mass it did not attend.
 
-    Args: as for :func:`attention`.
+    >>> query, key, value = torch.randn(3, 1, 4, 300, 64)
+    >>> out, lse, omitted_mass_estimate = attention_forward(query, key, value)
+    >>> out, lse = attention_forward(query, key, value, estimate=False)
+
+    Args:
+        estimate: also estimate the omitted mass. False costs no more than :func:`attention`.
+
+    The others as for :func:`attention`.
 
     Returns:
         A tuple of
@@ -141,19 +166,19 @@ def attention_forward(
           exp(scale * q·mean)`` for every pool of ``n`` condensed keys. The far field only adds what
           the keys' own terms add at least, so it never exceeds that of dense attention by more
           than rounding.
-        * ``omitted_mass_estimate``: ``[B, Hq, Lq]`` float32 in [0, 1], the share of the full
-          softmax outside anchors, window and selected keys, whether it was left out or condensed.
-          With the far field and several queries estimated by the attention, row by row, from the
-          weight of the pools and what listed blocks tell of their shortfall; else, for the block
-          selectors, from the selection's scores of summaries, which is coarser and takes longer (a
-          single query's looks at keys). Exact up to rounding for ``"exact"``; 0 where the budget
-          reaches every key. :func:`omitted_mass` measures it from the log-sum-exp of a call with
-          ``far_field=False``.
+        * ``omitted_mass_estimate``, with ``estimate``: ``[B, Hq, Lq]`` float32 in [0, 1], the share
+          of the full softmax outside anchors, window and selected keys, left out or condensed. With
+          the far field and several queries the attention estimates it, row by row, from the weight
+          of the pools and what listed blocks tell of their shortfall; else, for the block
+          selectors, the selection does from its scores of summaries, which is coarser and takes
+          longer (a single query's looks at keys). Exact up to rounding for ``"exact"``; 0 where
+          the budget reaches every key. :func:`omitted_mass` measures it from the log-sum-exp of a
+          call with ``far_field=False``.
 
     Raises: as for :func:`attention`.
     """
     require()
-    out, lse, estimate = torch.ops.condensate.attention_forward(
+    results: tuple[Tensor, ...] = torch.ops.condensate.attention_forward(
         query,
         key,
         value,
@@ -166,8 +191,9 @@ def attention_forward(
         selector=selector_number("attention_forward", selector),
         causal=causal,
         scale=scale,
+        estimate=estimate,
     )
-    return out, lse, estimate
+    return results if estimate else results[:2]
 
 
 @checked
@@ -201,13 +227,13 @@ def select_blocks(
     summaries: Tensor,
     key: Tensor | None = None,
     *,
-    kv_len: int,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
+    kv_len: int | None = None,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    topk: int = TOPK,
     topk_per_head: Tensor | None = None,
     top_p: float | None = None,
-    far_field: bool = False,
+    far_field: bool = True,
     selector: BlockSelector = "block",
     causal: bool = True,
     scale: float | None = None,
@@ -225,16 +251,16 @@ def select_blocks(
         query: ``[B, Hq, Lq, D]``.
         summaries: ``[B, Hkv, U, Ds]`` from :func:`block_summaries` with the same ``selector``.
         key: ``[B, Hkv, Lk, D]``, the keys that were summarised, or None. With them ``"block"``
-            ranks the blocks of a single query (``Lq = 1``) by their keys; other calls do not read
-            them.
-        kv_len: ``Lk``, the number of keys that were summarised.
+            ranks the blocks of a single query (``Lq = 1``) by their keys, as :func:`attention`
+            does; other calls do not read them.
+        kv_len: ``Lk``, the number of keys that were summarised. May be left out with ``key``.
         window: as for :func:`attention`; blocks that lie in it for every query are not listed.
         anchors: as for :func:`attention`; blocks of nothing but anchors are not listed.
         topk: budget in keys, a multiple of 64; a list has ``K = topk // 64`` places.
         topk_per_head: as for :func:`attention`.
         top_p: as for :func:`attention`.
-        far_field: are the lists for an attention with far field? It attends all blocks of anchors
-            and windows as a whole, so none of them is listed.
+        far_field: are the lists for an attention with far field, the default? It attends all
+            blocks of anchors and windows as a whole, so none of them is listed.
         selector: what the summaries are.
         causal: as for :func:`attention`.
         scale: as for :func:`attention`; positive.
@@ -248,6 +274,8 @@ def select_blocks(
         RuntimeError: an input requires grad, or this build or device cannot run the call.
     """
     require()
+    if kv_len is None:
+        kv_len = _length_of(key)
     indices, counts = torch.ops.condensate.select_blocks(
         query,
         summaries,
@@ -266,44 +294,14 @@ def select_blocks(
     return indices, counts
 
 
-@checked
-def select_tokens(
-    query: Tensor,
-    key: Tensor,
-    *,
-    window: int = 256,
-    anchors: int = 64,
-    topk: int = 1728,
-    causal: bool = True,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Finds the ``topk`` highest-scoring keys outside anchors and window, per query and head.
-
-    The set is kept as a pair: such a key ``j`` is selected when its score ``scale * q·k`` exceeds
-    ``threshold``, or equals it and ``j <= tie_index``. Scores that are NaN are never selected.
-
-    Args:
-        query: ``[B, Hq, Lq, D]``.
-        key: ``[B, Hkv, Lk, D]``.
-        window: as for :func:`attention`.
-        anchors: as for :func:`attention`.
-        topk: keys to select, any number.
-        causal: as for :func:`attention`.
-        scale: as for :func:`attention`.
-
-    Returns:
-        A tuple of ``threshold`` ``[B, Hq, Lq]`` float32, ``-inf`` where fewer than ``topk`` keys
-        can be selected, and ``tie_index`` ``[B, Hq, Lq]`` int32.
-
-    Raises:
-        ValueError: an argument is invalid.
-        RuntimeError: an input requires grad, or this build or device cannot run the call.
-    """
-    require()
-    threshold, tie_index = torch.ops.condensate.select_tokens(
-        query, key, window=window, anchors=anchors, topk=topk, causal=causal, scale=scale
-    )
-    return threshold, tie_index
+def _length_of(key: Tensor | None) -> int:
+    if key is None:
+        fail(
+            "select_blocks",
+            "kv_len and key are None, expected one of them; pass key=key, which a single query's "
+            "list is chosen by, or kv_len=key.shape[2].",
+        )
+    return key.shape[-2]
 
 
 @checked
@@ -314,9 +312,9 @@ def block_sparse_attention(
     block_indices: Tensor,
     block_counts: Tensor,
     *,
-    window: int = 256,
-    anchors: int = 64,
-    far_field: bool = False,
+    window: int = WINDOW,
+    anchors: int = ANCHORS,
+    far_field: bool = True,
     causal: bool = True,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -336,8 +334,8 @@ def block_sparse_attention(
         block_counts: ``[B, Hkv, T]`` int32, contiguous.
         window: as for :func:`attention`.
         anchors: as for :func:`attention`.
-        far_field: True condenses what is not attended, as for :func:`attention`, and attends
-            anchors and window in whole blocks; False leaves it out.
+        far_field: True, the default, condenses what is not attended, as for :func:`attention`, and
+            attends anchors and window in whole blocks; False leaves it out.
         causal: as for :func:`attention`.
         scale: as for :func:`attention`; any finite number.
 
@@ -362,70 +360,4 @@ def block_sparse_attention(
         causal=causal,
         scale=scale,
     )
-    return out, lse
-
-
-@checked
-def omitted_mass(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    *,
-    rows: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> Tensor:
-    """Measures how much softmax mass an attention left out, by scoring every visible key.
-
-    It audits a support: pass the log-sum-exp of a call with ``far_field=False``. That of the far
-    field also holds the condensed keys, by a bound from below of their mass, so against it only
-    what this bound misses would be measured.
-
-    Args:
-        query: ``[B, Hq, Lq, D]``.
-        key: ``[B, Hkv, Lk, D]``.
-        lse: ``[B, Hq, Lq]`` float32, contiguous: the log-sum-exp that the attention without far
-            field returned.
-        rows: ``[R]`` int64, the query indices to audit, in any order; all of them when None. An
-            index out of range gives NaN and is told by :func:`condensate_ext.read_error_word`.
-        causal: as in the audited call.
-        scale: as in the audited call.
-
-    Returns:
-        ``[B, Hq, R]`` float32 in [0, 1], ``R = Lq`` when ``rows`` is None:
-        ``1 - exp(lse - lse_full)``, 0 for a row that sees no key.
-
-    Raises:
-        ValueError: an argument is invalid.
-        RuntimeError: an input requires grad, or this build or device cannot run the call.
-    """
-    require()
-    omitted: Tensor = torch.ops.condensate.omitted_mass(
-        query, key, lse, rows=rows, causal=causal, scale=scale
-    )
-    return omitted
-
-
-@checked
-def merge_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Merges two attention results over disjoint keys into the result over their union.
-
-    Args:
-        out_a: ``[B, H, L, D]``, contiguous.
-        lse_a: ``[B, H, L]`` float32, contiguous.
-        out_b: like ``out_a``, same dtype and device.
-        lse_b: like ``lse_a``.
-
-    Returns:
-        A tuple of ``out`` ``[B, H, L, D]`` in the dtype of ``out_a`` and ``lse`` ``[B, H, L]``
-        float32.
-
-    Raises:
-        ValueError: an argument is invalid.
-        RuntimeError: an input requires grad, or this build or device cannot run the call.
-    """
-    require()
-    out, lse = torch.ops.condensate.merge_states(out_a, lse_a, out_b, lse_b)
     return out, lse

@@ -226,7 +226,7 @@ TEST(Validate, StageArguments) {
     Call call = valid_call();
     EXPECT_EQ(message_of(call.block_summaries(Selector::kExact)),
               "block_summaries: selector is \"exact\", expected \"block\", \"quest\" or \"mean\"; "
-              "\"exact\" selects single keys: use select_tokens.");
+              "\"exact\" selects single keys: pass selector=\"exact\" to attention.");
     call.block_summaries(Selector::kBlock);
     BlockSelectParams select = call.select_blocks(Selector::kBlock, 2);
     select.max_blocks = -1;

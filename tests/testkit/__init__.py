@@ -1,1 +1,1 @@
-"""Instruments that judge the ops by docs/architecture.md alone; they share no code with them."""
+"""Instruments that judge the ops by docs/definition.md alone; they share no code with them."""

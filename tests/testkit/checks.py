@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import condensate_ext as ops
 import torch
+from condensate_ext._token_selection import select_tokens
 from torch import Tensor
 
 from tests.testkit import far_field, markers, oracle, selection
@@ -213,7 +214,7 @@ def _check_exact(case: Case) -> Outcome:
     score = oracle.scores(query, key, case.scale)
     check_token_support(case, support, score)
     if case.content == "integers":
-        threshold, tie = ops.select_tokens(query, key, topk=case.topk, **case.range_args)
+        threshold, tie = select_tokens(query, key, topk=case.topk, **case.range_args)
         pairs = support_of_pairs(case.ranges, score, threshold, tie)
         assert torch.equal(pairs, support), "select_tokens names other keys than are attended"
     out, lse, estimate = run(value)

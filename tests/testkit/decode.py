@@ -646,7 +646,7 @@ def check_attention(cache: Cache, run: dict[str, Tensor]) -> float:
 def run_all(cache: Cache) -> dict[str, Tensor]:
     """Attention with its lists, each by its op."""
     out, lse, omitted = attention_with_kvcache(
-        *cache.tensors, **cache.args, return_lse=True, return_omitted=True
+        *cache.tensors, **cache.args, return_lse=True, return_estimate=True
     )
     indices, counts = select_tokens_with_kvcache(*cache.tensors, **cache.select_args)
     return {"out": out, "lse": lse, "omitted": omitted, "indices": indices, "counts": counts}

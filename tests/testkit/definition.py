@@ -1,4 +1,4 @@
-"""The definition of docs/architecture.md as boolean masks: who attends what, who may be listed.
+"""The definition of docs/definition.md as boolean masks: who attends what, who may be listed.
 
 Everything is written from the sets in that page, by brute force over (query, key) pairs; nothing
 here mirrors the arithmetic of the C++ headers.

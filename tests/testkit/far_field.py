@@ -1,4 +1,4 @@
-"""The far field of docs/architecture.md in float64, and how far rounding may move it.
+"""The far field of docs/definition.md in float64, and how far rounding may move it.
 
 Written from the definition: what a tile walks is attended in whole blocks, every other block that
 all rows of the tile see in full is condensed, consecutive blocks together as one term.

@@ -9,6 +9,7 @@ from typing import Any
 
 import condensate_ext
 import torch
+from condensate_ext import _token_selection
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,7 +43,8 @@ class Op:
     selectors: tuple[str, ...] = ()  # that its argument `selector` takes
 
     def __call__(self, arguments: Arguments) -> tuple[Tensor, ...]:
-        result = getattr(condensate_ext, self.name)(**arguments)
+        module = _token_selection if self.name == "select_tokens" else condensate_ext
+        result = getattr(module, self.name)(**arguments)
         return result if isinstance(result, tuple) else (result,)
 
 

@@ -1,4 +1,4 @@
-"""The definition once more, written from docs/architecture.md alone, in numpy and float64.
+"""The definition once more, written from docs/definition.md alone, in numpy and float64.
 
 It shares no code with tests/testkit, with the C++ reference or with the fakes, on purpose: what one
 of them misread, another reads again. One KV head of one batch entry at a time, tile by tile.

@@ -1,5 +1,5 @@
 // The far field's index arithmetic: which blocks a tile condenses, and into which pools.
-// docs/architecture.md, "Far field", states it in words.
+// docs/definition.md, "Far field", states it in words.
 //
 // With the far field on, a tile works on whole blocks. Blocks that its walk visits (anchors,
 // window, list) are attended: every visible key of them, also those outside a row's window. Every

@@ -1,5 +1,5 @@
 // The definition's index arithmetic, once, for host and device: positions, tiles, blocks,
-// which key a row attends, which blocks a list may name. docs/architecture.md states it in words.
+// which key a row attends, which blocks a list may name. docs/definition.md states it in words.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // The selectors, each one described once, and what follows from a description: summaries, scans,
-// refinement, budgets. docs/architecture.md states it in words.
+// refinement, budgets. docs/definition.md states it in words.
 #pragma once
 
 #include <cstdint>

@@ -40,7 +40,14 @@ def attended_lse(
     indices, _ = lists(query, key, policy, scale=scale)
     beside = _range_blocks(query, key, effective(policy, "window"), effective(policy, "anchors"))
     _, lse = block_sparse_attention(
-        query, key, value, *_joined(indices, beside), window=0, anchors=0, scale=scale
+        query,
+        key,
+        value,
+        *_joined(indices, beside),
+        window=0,
+        anchors=0,
+        far_field=False,
+        scale=scale,
     )
     return lse
 

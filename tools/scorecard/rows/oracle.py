@@ -354,5 +354,5 @@ LINE = Line(
     {"reduced": 1, "full": 40},
     run,
     why="Summaries, lists, outputs, log-sum-exps and estimates against a second definition in "
-    "numpy and float64, written from docs/architecture.md alone.",
+    "numpy and float64, written from docs/definition.md alone.",
 )
