@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FIGURE_FIRST = ("architecture", "definition", "extending", "hopper")
-LONG = ("ablations", "decoding", "CHANGELOG", "reliability")  # entries, not paragraphs
+FIGURE_FIRST = ("architecture", "decoding", "definition", "extending", "hopper")
+LONG = ("ablations", "CHANGELOG", "reliability")  # entries, not paragraphs
 WORDS = 100
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -28,7 +28,7 @@ def anchors(text: str) -> set[str]:
 
 def paragraphs(text: str) -> list[str]:
     prose = re.sub(r"^(\||#|<!--|    ).*$", "", without_code(text), flags=re.MULTILINE)
-    return re.split(r"\n\s*\n|\n(?=- )", prose)
+    return re.split(r"\n\s*\n|\n(?=- |\d+\. )", prose)
 
 
 @pages

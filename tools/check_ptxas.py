@@ -24,7 +24,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 FATAL = re.compile(r"^\s*ptxas\b.*(?:warning|\(C75\d\d\)|serializ)", re.IGNORECASE)
 
 # (architecture, kernel, template integers) -> most bytes of spill stores plus loads, either dtype.
-# These run at the limit of registers (two CTAs a multiprocessor); fewer spills are welcome.
+# These run at the limit of registers (two CTAs an SM); fewer spills are welcome.
 KNOWN_SPILLS = {
     ("sm_80", "attention_sm80_kernel", "Li128ELi2E"): 32,
     ("sm_80", "block_scan_kernel", "Li256ELi4E"): 40,

@@ -1,4 +1,4 @@
-// Descriptors by which the copy engine reads and writes boxes of four-dimensional tensors.
+// Descriptors by which TMA reads and writes boxes of four-dimensional tensors.
 #pragma once
 
 #include <cuda.h>

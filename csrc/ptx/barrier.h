@@ -12,7 +12,7 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier_smem, uint32_t ar
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier_smem), "r"(arrivals)
                  : "memory");
 }
-// Makes initialised barriers visible to the copy engine.
+// Makes initialised barriers visible to TMA.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
 }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and
+// Orders this thread's ordinary accesses to shared memory before later ones of TMA and
 // the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");

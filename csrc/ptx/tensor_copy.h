@@ -1,4 +1,4 @@
-// Copies of boxes of a tensor between global and shared memory by the copy engine (sm_90).
+// Copies of boxes of a tensor between global and shared memory by TMA (sm_90).
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 #pragma once
 

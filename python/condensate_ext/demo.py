@@ -30,9 +30,9 @@ from condensate_ext.ops import (
     attention_forward,
     block_sparse_attention,
     block_summaries,
-    omitted_mass,
     select_blocks,
 )
+from condensate_ext.states import omitted_mass
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -27,6 +27,7 @@ BUDGETS = "test_block_selection.py has_its_own_budget"
 SHARED_SCANS = "test_block_selection.py shared_scan or share_a_scan"
 WHOLE = "test_block_selection.py attended_as_a_whole"
 KEYS = "test_block_selection.py single_query"
+DEFAULTS = "test_interface.py defaults"
 TOKENS = "test_token_selection.py integer_scores"
 MERGING = "test_states.py merge"
 WEIGHTLESS = "test_states.py without_weight"
@@ -813,6 +814,27 @@ CPU = (
         "target[n] *= scale;",
         "target[n] *= 1.0f;",
         DECODE_OPTIONS,
+    ),
+    Mutant(
+        "schema_drops_the_far_field_of_the_parts",
+        "torch/library.cc",
+        "Tensor block_counts, *, SymInt window=256, SymInt anchors=64, bool far_field=True, ",
+        "Tensor block_counts, *, SymInt window=256, SymInt anchors=64, bool far_field=False, ",
+        DEFAULTS,
+    ),
+    Mutant(
+        "schema_has_a_topk_of_its_own",
+        "torch/library.cc",
+        "SymInt topk=1728, bool causal=True, float? scale=None) ",
+        "SymInt topk=1792, bool causal=True, float? scale=None) ",
+        DEFAULTS,
+    ),
+    Mutant(
+        "estimate_is_made_unasked",
+        "torch/attention.cc",
+        "wants_estimate ? allocate_rows(op, query) : allocate(op, query, {0}, ScalarType::Float);",
+        "allocate_rows(op, query);\n    wants_estimate = true;",
+        "test_interface.py without_the_estimate",
     ),
 )
 

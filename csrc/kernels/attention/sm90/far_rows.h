@@ -1,6 +1,6 @@
 // The producer's other warps: they make the far field's rows what the tile needs. Rows that differ
 // from the premade means are made while the consumers work on the tile's blocks, and wait where the
-// last tile's output has left; when the copy engine has brought the premade means into a stage,
+// last tile's output has left; when TMA has brought the premade means into a stage,
 // they replace theirs.
 #pragma once
 

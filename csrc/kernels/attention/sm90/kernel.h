@@ -1,5 +1,5 @@
 // Attention over ranges and listed blocks with wgmma: persistent CTAs of a producer and one or two
-// consumer warpgroups, K and V by the copy engine.
+// consumer warpgroups, K and V by TMA.
 #pragma once
 
 #include "kernels/attention/sm90/consume.h"

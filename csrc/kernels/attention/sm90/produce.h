@@ -1,4 +1,4 @@
-// The producer, one thread: walks each tile's blocks and keeps the copy engine ahead of the
+// The producer, one thread: walks each tile's blocks and keeps TMA ahead of the
 // consumers.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The tensors of a call as the copy engine sees them.
+// The tensors of a call as TMA sees them.
 #pragma once
 
 #include <cuda.h>

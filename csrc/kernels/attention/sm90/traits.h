@@ -113,7 +113,7 @@ struct AttentionTraits {
         T k[kKeyStages][kPanels][kStepKeys * 64];
         T v[kValueStages][kPanels][kStepKeys * 64];
     };
-    // Two small CTAs fill the multiprocessor's shared memory.
+    // Two small CTAs fill the SM's shared memory.
     static constexpr int kRecorded = kConsumers == 1 ? 22 : 64;
     struct Smem : Tiles, FarSmem<kFar, kFarSteps, kRecorded> {
         Step steps[kKeyStages];
@@ -125,7 +125,7 @@ struct AttentionTraits {
     static_assert(sizeof(MadeRows) <= sizeof(T[kRows * kDim]), "rows made ahead fit in `out`");
     static_assert(kFar || !kEstimates, "the estimate is made of the far field's pools");
     static_assert(kPanels >= 1 && kDim % 64 == 0, "head_dim is a whole number of panels");
-    static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the multiprocessor's shared memory");
+    static_assert(sizeof(Smem) * kCtasPerSm <= 227 * 1024, "the SM's shared memory");
 };
 
 }  // namespace condensate::kernels::sm90

@@ -46,7 +46,7 @@ __device__ __forceinline__ void score_by_mma(const HeldRows<Traits>& rows, int s
     __syncthreads();
 }
 
-// The copy engine and wgmma. Warps meet nowhere but in products, so that some multiply while others
+// TMA and wgmma. Warps meet nowhere but in products, so that some multiply while others
 // look at their scores. A chunk is copied in kBoxes boxes, which the warps start in turn, into a
 // stage that all have released: no warp may be much later than its warpgroup. `streamed` counts the
 // chunks so far: the stages are a ring.

@@ -21,7 +21,7 @@ constexpr int kNoRow = INT_MIN;
 constexpr int kRefineWarps = 4;
 constexpr int scan_warps(int group) { return group <= 16 ? 8 : 4; }
 
-// Persistent CTAs per multiprocessor, at most; each owns scratch in the workspace. Before sm_90
+// Persistent CTAs per SM, at most; each owns scratch in the workspace. Before sm_90
 // there is shared memory for half as many.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kMostScanCtas = 1, kMostRefineCtas = 2;
@@ -44,7 +44,7 @@ struct RowTraits {
     static constexpr int kNTiles = kChunkUnits / 8;
     static constexpr int kStages = kStages_;
     static constexpr Selector kSelector = kSelector_;
-    // Scores by wgmma of units that the copy engine loads, else by mma.sync and cp.async.
+    // Scores by wgmma of units that TMA loads, else by mma.sync and cp.async.
     static constexpr bool kWgmma = kWgmma_;
     using Maps = std::conditional_t<kWgmma, UnitMaps, NoMaps>;
     static constexpr int kPanels = kDim / 64;  // of 64 channels, as wgmma wants them
@@ -57,7 +57,7 @@ struct RowTraits {
         uint32_t histogram[kWarps][kRadixBins];
         float norm[kRows];    // log2 of a row's softmax sum
         int position[kRows];  // that decides what a row sees; kNoRow where there is no row
-        // Barriers: a chunk is there (the copy engine's), all warps are done with it.
+        // Barriers: a chunk is there (TMA's), all warps are done with it.
         uint64_t landed[kStages], released[kStages];
     };
     static_assert(kRows <= kStages * kChunkUnits, "the rows fit in the stages");

@@ -14,7 +14,7 @@ namespace condensate::kernels::block_select {
 // A lane's accumulators of one row are columns 2 t and 2 t + 1 (t = lane % 4) of eight 8-column
 // tiles: 16 places, place p in tile p / 2. With cp.async, block b of the chunk goes to lane b % 4,
 // its units side by side, so that sums over a block need no shuffle; `row` only permutes the bits
-// of `unit`. The copy engine keeps units in order, and so do keys, of which a block fills a chunk:
+// of `unit`. TMA keeps units in order, and so do keys, of which a block fills a chunk:
 // the four lanes of a row share each block.
 template <int kBlockUnits, bool kByEngine>
 struct ChunkLayout {

@@ -1,4 +1,4 @@
-// The summaries as the copy engine sees them: [heads, blocks, rows of a block, channels], in boxes
+// The summaries as TMA sees them: [heads, blocks, rows of a block, channels], in boxes
 // of one level's units.
 #pragma once
 

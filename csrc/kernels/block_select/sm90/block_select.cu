@@ -1,4 +1,4 @@
-// Selection by wgmma and the copy engine, for selector "block": makes the tensor maps, chooses the
+// Selection by wgmma and TMA, for selector "block": makes the tensor maps, chooses the
 // instantiations by element type and padded dimension.
 #include "kernels/block_select/common/stages.h"
 #include "kernels/tensor_map.h"
