@@ -275,7 +275,11 @@ def measure_all(cases: tuple[DecodeCase, ...], seconds: float) -> Record:
             records.append(measure(case, condensate_ext, ceilings.copy_tb_s))
         except (RuntimeError, ValueError) as error:  # what a build cannot run, or no memory
             skipped.append(f"{case.name}: {first_line(error)}")
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # a kernel has failed: nothing runs in this process again
+            skipped.append(f"all after {case.name}: {first_line(error)}")
+            break
         print(f"{case.name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
     return {
         "environment": report.environment(),

@@ -19,7 +19,6 @@ from bench.decode_inputs import Cache, contiguous, page_lists
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 FLASHINFER_DENSE, FLASHINFER_GIVEN = "flashinfer_paged", "flashinfer_selected_pages"
 FLASHINFER_WORKSPACE_BYTES = 256 << 20

@@ -90,7 +90,7 @@ def test_8_bit_caches(device, seed, dtype, head_dim):
     {"sinks": True}, {"softcap": 5.0}, {"centered": True}, {"top_p": 0.9}, {"top_p": 1.0},
     {"scale": 0.31}, {"scale": -0.05},
     {"sinks": True, "softcap": 30.0, "centered": True, "top_p": 0.7},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_options(device, seed, options, dtype):
     check(DecodeCase(device, seed, dtype, lengths=MIXED, query_len=2, **options))

@@ -109,7 +109,7 @@ def test_a_length_out_of_bounds_is_clamped_and_reported(device, seed, length, pa
     ([40, 41, 600, 601], -1, ErrorWord.BLOCK_COUNT),
     ([40, 41, 600, 601], -(2**31), ErrorWord.BLOCK_COUNT),
     ([40, 41, 600, 601], HUGE, ErrorWord.BLOCK_COUNT),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_each_kind_of_bad_token_list(device, seed, monkeypatch, tokens, count, expected):
     cache = case_on(device, seed, query_len=1).build()
     indices = torch.tensor([[40, 41, 100, 200]], dtype=torch.int32, device=device)

@@ -46,7 +46,7 @@ def sound_call(name: str, cache: Cache) -> tuple[tuple[Tensor, ...], dict[str, o
 @pytest.mark.parametrize("changes", [
     {}, {"dtype": torch.bfloat16, "page_size": None, "centered": True},
     {"dtype": torch.float16, "top_p": 0.9},  # opcheck itself has no arithmetic for 8-bit caches
-], ids=str)  # fmt: skip
+])  # fmt: skip
 @pytest.mark.parametrize("name", DECODE_OPS)
 def test_opcheck(device, name, changes):
     arguments, keywords = sound_call(name, small_cache(device, **changes))
@@ -249,7 +249,7 @@ def test_empty_batches_and_tables(device, lengths):
     ({"sinks": lambda c: c.sinks[:3]}, "sinks has shape"),
     ({"key_scale": lambda c: torch.ones(3, device=c.key.device)}, "key_scale has shape"),
     ({"value_scale": lambda c: torch.ones(3, device=c.key.device)}, "value_scale has shape"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_wrong_tensors_are_named(device, change, message):
     cache = small_cache(device)
     wrong = replace(cache, **{name: make(cache) for name, make in change.items()})
@@ -270,7 +270,7 @@ def test_wrong_tensors_are_named(device, change, message):
     ({"softcap": float("inf")}, "softcap is inf"),
     ({"softcap": -1.0}, "softcap is -1"),
     ({"summaries": None}, "summaries are not given and window"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_wrong_numbers_are_named(device, change, message):
     cache = small_cache(device)
     with pytest.raises(ValueError, match=message):

@@ -76,6 +76,15 @@ def top_p() -> dict[str, Policy]:
     return {f"top_p {p}": replace(PLAN, top_p=p) for p in (0.9, 0.95, 0.99)}
 
 
+def operator() -> dict[str, Policy]:
+    """The definition as emulated, and as the operator computes it."""
+    return {
+        "emulated": PLAN,
+        "attention_with_kvcache": replace(PLAN, operator=True),
+        "the same, shortlist 8,192": replace(PLAN, operator=True, shortlist=8192),
+    }
+
+
 def e4m3() -> dict[str, Policy]:
     return {
         f"{what}{' dense' if keys == 0 else ''}": replace(PLAN, e4m3=what, keys=keys)
@@ -85,7 +94,7 @@ def e4m3() -> dict[str, Policy]:
 
 
 QUESTIONS: dict[str, Callable[[], dict[str, Policy]]] = {
-    function.__name__: function for function in (far_field, scan, steps, top_p, e4m3)
+    function.__name__: function for function in (operator, far_field, scan, steps, top_p, e4m3)
 }
 
 

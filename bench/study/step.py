@@ -45,6 +45,7 @@ class Policy:
     share: Literal["nothing", "shortlist", "tokens"] = "nothing"  # by the positions of a STEP
     top_p: float | None = None
     e4m3: str = ""  # "k", "v" or "kv": the cache, one scale a head
+    operator: bool = False  # by the package's own operator instead, as docs/decoding.md has it
 
 
 class Outcome(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from condensate_ext import KVSummaries, attention_with_kvcache
 from condensate_ext.evaluate.text import read_windows
 from torch import Tensor
 
-from bench.study.step import Policy, attend
+from bench.study.step import ANCHORS, WINDOW, Policy, attend
 
 _NAME = "condensate_study"
 
@@ -50,6 +51,10 @@ class _Attention:
             return output.transpose(1, 2), None
         old_keys, old_values = self.cache[module.layer_idx]
         keys, values = torch.cat([old_keys, key[0]], 1), torch.cat([old_values, value[0]], 1)
+        if self.policy.operator:
+            output = _by_operator(self.policy, query, keys[None], values[None], scaling)
+            self.notes.append([float(self.policy.keys), torch.nan, torch.nan, torch.nan])
+            return output.transpose(1, 2), None
         heads = []
         for q, k, v in zip(query[0].unflatten(0, (len(keys), -1)), keys, values, strict=True):
             outcome = attend(self.policy, q, k, v, scaling)
@@ -58,6 +63,27 @@ class _Attention:
             self.notes.append([x.mean().item() for x in means])
             heads.append(outcome.output)
         return torch.cat(heads)[None].transpose(1, 2), None
+
+
+def _by_operator(
+    policy: Policy, query: Tensor, keys: Tensor, values: Tensor, scale: float
+) -> Tensor:
+    """The queries, the last ones of the cache, through ``attention_with_kvcache``, 16 a call."""
+    total, new = keys.shape[2], query.shape[2]
+    summaries = KVSummaries.empty_for(keys, paged=False)
+    summaries.update_(keys, values, torch.tensor([total], dtype=torch.int32), appended=total)
+    outputs: list[Tensor] = []
+    for begin in range(0, new, 16):
+        end = min(begin + 16, new)
+        lengths = torch.tensor([total - new + end], dtype=torch.int32)
+        output = attention_with_kvcache(
+            query[:, :, begin:end].contiguous(), keys, values, lengths, summaries=summaries,
+            window=WINDOW, anchors=ANCHORS, shortlist=policy.shortlist,
+            topk=policy.keys - WINDOW - ANCHORS, scale=scale,
+        )  # fmt: skip
+        assert isinstance(output, Tensor)
+        outputs.append(output)
+    return torch.cat(outputs, 2)
 
 
 @dataclass(frozen=True)

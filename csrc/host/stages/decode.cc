@@ -43,6 +43,14 @@ const char* cuda_obstacle(const UpdateSummariesParams& p, const DeviceFacts& fac
     return mma_obstacle(p.cache.dtype, is_aligned(p.cache), facts);
 }
 
+int64_t cuda_workspace_bytes([[maybe_unused]] const DecodeParams& p, const DeviceFacts&) {
+#if defined(CONDENSATE_WITH_CUDA)
+    return kernels::decode_workspace_bytes(p);
+#else
+    return 0;
+#endif
+}
+
 }  // namespace
 
 const StageTable<DecodeParams>& table_of(const DecodeParams&) {
@@ -62,13 +70,7 @@ const StageTable<DecodeParams>& table_of(const DecodeParams&) {
         },
         [](const P&) { return true; },
         {{Path::kSm80, kByMma, CONDENSATE_CUDA_LAUNCHER(decode_attention), cuda_obstacle, nullptr,
-          [](const P& p, const DeviceFacts&) {
-#if defined(CONDENSATE_WITH_CUDA)
-              return kernels::decode_workspace_bytes(p);
-#else
-              return p.batch * 0;
-#endif
-          }},
+          cuda_workspace_bytes},
          {Path::kCpu, kOnCpu,
           [](const P& p, Launch& launch) {
               return cpu::attention_with_kvcache(p, launch.executor, &launch.errors);
@@ -109,13 +111,10 @@ const StageTable<UpdateSummariesParams>& table_of(const UpdateSummariesParams&) 
 }
 
 int64_t decode_workspace_bytes(const DecodeParams& params, const Executor& executor) {
-#if defined(CONDENSATE_WITH_CUDA)
     // The call itself reports what is wrong.
-    if (executor.cuda && validate(params).ok() && params.batch > 0 && params.query_len > 0)
-        return kernels::decode_workspace_bytes(params);
-#endif
-    (void)executor;
-    return 0;
+    const bool runs =
+        executor.cuda && validate(params).ok() && params.batch > 0 && params.query_len > 0;
+    return runs ? cuda_workspace_bytes(params, {}) : 0;
 }
 
 Status attention_with_kvcache(const DecodeParams& params, const Executor& executor) {

@@ -35,7 +35,9 @@ __device__ void normalise_keys(ListSmem& smem, const DecodeParams& params, const
         if (lane != 0) continue;
         smem.normaliser[h] = total.sum > 0.0f ? total.largest + log2f(total.sum) : 0.0f;
         smem.selectable[h] = total.selectable;
-        float reference = fmaxf(total.largest, __ldcg(&record.header->unit_max[h]));
+        // Units weigh, too, where they were scanned.
+        float reference = item.selects ? fmaxf(total.largest, __ldcg(&record.header->unit_max[h]))
+                                       : total.largest;
         if (params.sinks)
             reference = fmaxf(reference, params.sinks[item.kv_head * group + h] * device::kLog2E);
         smem.reference[h] = record.header->reference[h] = device::finite_reference(reference);
