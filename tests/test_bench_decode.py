@@ -15,6 +15,7 @@ from bench import decode, plot, report
 from bench.decode_cases import CASES, DecodeCase
 from bench.decode_inputs import Cache, contiguous, make_cache, num_sets, page_lists
 from bench.decode_peers import attend_grouped, attend_packed
+from tools import readme_table
 
 SMALL = DecodeCase(3, 250, heads=4, kv_heads=2, head_dim=16, page_size=16, dtype="float32")
 
@@ -153,3 +154,10 @@ def test_committed_results_match_the_schema() -> None:
         pytest.skip("no decode.json is committed")
     for path in report.committed("decode"):
         report.validate(json.loads(path.read_text(encoding="utf-8")), "decode")
+
+
+def test_a_table_has_every_record() -> None:
+    made = document(*(record(case, 0.0213) for case in CASES))
+    table = readme_table.decode_table(made)
+    assert table.count("\n| ") == len(CASES) + 2  # and the header
+    assert "| 21.3 |" in table and "| all |" in table

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import readme_table
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FIGURE_FIRST = ("architecture", "decoding", "definition", "extending", "hopper")
@@ -70,3 +72,11 @@ def test_the_index_names_every_page() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index
+
+
+@pytest.mark.parametrize("page", readme_table.PAGES)
+def test_tables_are_those_of_the_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme_table.fill(page, text) == text
+    older = re.sub(r"\d(?=x \||.*\(95)", "7", text)
+    assert older != text and readme_table.fill(page, older) == text

@@ -39,6 +39,10 @@ def milliseconds(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
+def microseconds(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.{1 if value < 0.1 else 0}f}"
+
+
 def caption(document: Record, what: str) -> str:
     e = document["environment"]
     made = f"{e['date']}, commit {e['commit'][:7]}"
@@ -118,6 +122,27 @@ def headline(r: Record) -> bool:
     return shape == (32, 128, 2048) and r["n"] in HEADLINES
 
 
+def decode_table(document: Record) -> str:
+    rows = [
+        [
+            f"{r['batch']} x {r['n']:,}, {r['query_len']} new, H{r['heads']} KV{r['kv_heads']} "
+            f"d{r['head_dim']} {r['dtype']}, pages of {r['page_size']}",
+            r["kind"],
+            "all" if r["selection"] == "dense" else f"{r['budget']:,}",
+            *(microseconds(r[f"{part}_ms"]) for part in ("total", "update", "select")),
+            f"{microseconds(r['peer_ms'])} ({r['peer']})",
+            f"{r['speedup']:.1f}x",
+            f"{r['percent_of_copy_bandwidth']:.0f} %",
+        ]
+        for r in sorted(document["records"], key=lambda r: (r["kind"], r["n"], r["batch"]))
+    ]
+    header = [
+        "sequences x keys", "kind", "keys per query", "step us", "of it update", "of it selection",
+        "best dense us", "speed-up", "of copy bandwidth",
+    ]  # fmt: skip
+    return f"{caption(document, 'Decoding over a cache')}\n\n{markdown(header, rows)}"
+
+
 def result(record: Record) -> list[str]:
     """What was measured, in words. Fields that older results lack are left out."""
     r = {name: value for name, value in record.items() if value is not None}
@@ -193,7 +218,10 @@ def fidelity_table(document: Record, *more: Record) -> str:
 Table = tuple[Callable[..., str], tuple[str, ...]]
 PAGES: dict[str, dict[str, Table]] = {
     "README.md": {"headlines": (headlines_table, ("prefill",))},
-    "docs/performance.md": {"prefill": (prefill_table, ("prefill",))},
+    "docs/performance.md": {
+        "prefill": (prefill_table, ("prefill",)),
+        "decode": (decode_table, ("decode",)),
+    },
     "docs/quality.md": {"fidelity": (fidelity_table, ("fidelity", "needles"))},
 }
 
@@ -216,7 +244,10 @@ def fill(page: str, text: str) -> str:
             ]
             text = f"{head}{begin}\n{table(*documents)}\n{end}{tail}"
         else:
-            print(f"no {sources[0]}.json in {RESULTS}: {page} stays as it is", file=sys.stderr)
+            print(
+                f"no {sources[0]}.json in {RESULTS}: table '{name}' of {page} stays as it is",
+                file=sys.stderr,
+            )
     return text
 
 
