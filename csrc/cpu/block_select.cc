@@ -1,4 +1,4 @@
-// One list of blocks per tile. The pooled queries of its scan tile scan the summaries of all
+// One list of blocks per tile. The averaged queries of its scan tile scan the summaries of all
 // blocks; with a refinement what they find heaviest is scored again by the tile's own.
 #include "condensate/block_walk.h"
 #include "cpu/kernels.h"

@@ -18,7 +18,7 @@ class SelectEstimate {
           scores_(scores),
           s_(scratch) {}
 
-    // What the scan's pooled queries saw outside the scan tile's walk; NaN after a NaN or +inf.
+    // What the scan's averaged queries saw outside the scan tile's walk; NaN after a NaN or +inf.
     void sum_rest(int64_t shortlisted) {
         sum_unwalked(s_.pools, scan_tile_, {s_.shortlist, shortlisted});
         for (int pool = 0; pool < s_.pools.rows.count; ++pool) {

@@ -1,4 +1,4 @@
-// Masses of blocks for the pooled queries of a tile or scan tile: what lists are chosen by. A
+// Masses of blocks for the averaged queries of a tile or scan tile: what lists are chosen by. A
 // block's sums are kept as maximum and sum of exponentials, so that nothing overflows before the
 // norm is known.
 #pragma once
@@ -67,8 +67,8 @@ class SelectScores {
         return block_mass(scored, s_.block_max + at, s_.block_sum + at, mass);
     }
 
-    // The hottest units' masses of all blocks over the scan tile's pooled queries. For the estimate
-    // the sum over these units is left in the state.
+    // The hottest units' masses of all blocks over the scan tile's averaged queries. For the
+    // estimate the sum over these units is left in the state.
     void scan() {
         ScoredRows& pools = s_.pools;
         pool_queries(pools.rows, scan_tile_, scan_pool());
@@ -93,7 +93,7 @@ class SelectScores {
     }
 
     // The masses of the short units, or of the candidates' keys, relative to the short units of the
-    // `visited` blocks in s_.visited, by the tile's own pooled queries.
+    // `visited` blocks in s_.visited, by the tile's own averaged queries.
     void refine(const SelectTile& tile, int64_t visited, BlockList candidates) {
         ScoredRows& queries = s_.queries;
         visited_ = visited;

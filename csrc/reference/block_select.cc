@@ -80,7 +80,7 @@ Blocks ascending(const WeighedBlocks<Acc>& weighed) {
     return blocks;
 }
 
-// What the blocks' hottest units weigh for the pooled queries of a scan tile.
+// What the blocks' hottest units weigh for the averaged queries of a scan tile.
 template <class Acc>
 WeighedBlocks<Acc> scan(const Tile& s, const Blocks& blocks) {
     const ScoringLevels levels = scan_levels(s.params.selector);
@@ -98,7 +98,7 @@ Blocks make_shortlist(const Tile& s) {
     return ascending(heaviest(scan<Acc>(s, eligible), width));
 }
 
-// The shares of W, `walked`, that the tile's pooled queries find in the shortlisted blocks.
+// The shares of W, `walked`, that the tile's averaged queries find in the shortlisted blocks.
 template <class Acc>
 WeighedBlocks<Acc> refine(const Tile& t, const Blocks& shortlist, const Blocks& walked) {
     auto by_units = [&](const Query& q, int64_t block) {
@@ -116,8 +116,8 @@ WeighedBlocks<Acc> refine(const Tile& t, const Blocks& shortlist, const Blocks& 
 // A list, and what is known of the other blocks.
 struct Choice {
     Blocks listed;
-    Blocks seen;    // scored by the tile's own pooled queries: all, W with a refinement
-    Blocks unseen;  // outside the scan tile's W: scored by its pooled queries
+    Blocks seen;    // scored by the tile's own averaged queries: all, W with a refinement
+    Blocks unseen;  // outside the scan tile's W: scored by its averaged queries
 };
 
 // The choice among more eligible blocks than the list holds.

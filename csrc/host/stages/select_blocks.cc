@@ -13,7 +13,7 @@ namespace {
 
 using P = BlockSelectParams;
 
-// Query heads per KV head whose pooled queries fit a warp's 16 rows, or its 32 (block alone).
+// Query heads per KV head whose averaged queries fit a warp's 16 rows, or its 32 (block alone).
 constexpr int kNarrowGroup = 16;
 constexpr int kWideGroup = 32;
 constexpr int kMaxSummaryDim = 256;  // a ring slot of summaries in 99 KB of shared memory

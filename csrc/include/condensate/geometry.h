@@ -29,7 +29,7 @@ CONDENSATE_HOST_DEVICE int tile_positions(int group) {
     return positions;
 }
 
-// Queries averaged into one pooled query; a tile always holds whole pools.
+// Queries of a bin, which are averaged into one; a tile always holds whole bins.
 CONDENSATE_HOST_DEVICE int pool_size(int group) {
     int positions = tile_positions(group);
     return positions < kQueryPool ? positions : kQueryPool;
@@ -160,7 +160,7 @@ struct RangeBlocks {
     }
 };
 
-// Is summary unit `unit` visible to a pooled query whose last position is p? Its last key decides.
+// Is summary unit `unit` visible to an averaged query at position p? Its last key decides.
 CONDENSATE_HOST_DEVICE bool is_unit_visible(const Ranges& r, int64_t p, int64_t unit, int keys) {
     int64_t first = unit * keys;
     int64_t last = min_i64(first + keys, r.kv_len) - 1;

@@ -30,7 +30,7 @@ enum class UnitContent : int32_t {
     kBounds,  // elementwise [max over the keys | min over them]
 };
 
-// The scan scores pooled queries against every visible unit: masses of `mass` units, in units of
+// The scan scores averaged queries against every visible unit: masses of `mass` units, in units of
 // the softmax sum over `norm` units.
 struct ScoringLevels {
     UnitLevel norm;
@@ -106,7 +106,7 @@ CONDENSATE_HOST_DEVICE int64_t budget_blocks(int64_t keys, int64_t most) {
 
 // A scan tile is as many consecutive tiles as share one scan and its shortlist: twice as many
 // whenever the keys have doubled, so that the scans of a long context are linear in its length.
-// It has the pooled queries of one tile, of so many times the positions.
+// It has the averaged queries of one tile, of so many times the positions.
 CONDENSATE_HOST_DEVICE int scan_tiles(Selector selector, int64_t kv_len) {
     if (!selector_traits(selector).shares_scans) return 1;
     int tiles = 1;
@@ -127,7 +127,7 @@ CONDENSATE_HOST_DEVICE int64_t num_scan_tiles(Selector selector, int64_t query_l
 // How a shortlist becomes a list: by another look at its blocks. kNone: the scan makes the list.
 enum class Refinement : int32_t {
     kNone,
-    kUnits,  // at their short units, by the tile's own pooled queries: several tiles share the scan
+    kUnits,  // at their short units, by the tile's own averaged queries: a shared scan
     kKeys,   // at their keys: a single query
 };
 CONDENSATE_HOST_DEVICE Refinement refinement_of(Selector selector, int64_t query_len,

@@ -1,4 +1,4 @@
-// The pooled queries of a tile against units or keys of few blocks: what the refinement of
+// The averaged queries of a tile against units or keys of few blocks: what the refinement of
 // shortlists and its estimate share.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The scan: pooled queries against every visible unit. Persistent CTAs of eight (or four) warps;
+// The scan: averaged queries against every visible unit. Persistent CTAs of eight (or four) warps;
 // as many scan tiles of a KV head at a time, a warp each, share the units that are loaded. One pass
 // finds each row's softmax sum, the next the masses of blocks, of which the largest are kept. All
 // tiles in this file are scan tiles.

@@ -9,7 +9,7 @@
 
 namespace condensate::kernels::block_select {
 
-// The pooled queries of a tile without gaps: row r is pool r % pools of head r / pools.
+// The averaged queries of a tile without gaps: row r is bin r % bins of head r / bins.
 struct PooledRows {
     Tile tile;
     int pool;   // positions averaged

@@ -64,7 +64,7 @@ struct RowTraits {
     static_assert(sizeof(Smem) <= 99 * 1024, "every sm_80+ device offers 99 KB to a CTA");
 };
 
-// Scan: a warp's rows are the pooled queries of its tile.
+// Scan: a warp's rows are the averaged queries of its tile.
 template <class T, int kDim, int kWarps, Selector kSelector, bool kWgmma = false>
 struct ScanTraits : RowTraits<T, kDim, kWarps, 8 / kWarps, kDim <= 128 ? 4 : 2, kSelector, kWgmma> {
     static constexpr int kCtasPerSm = scan_ctas_per_sm(kDim);
@@ -74,7 +74,7 @@ struct ScanTraits : RowTraits<T, kDim, kWarps, 8 / kWarps, kDim <= 128 ? 4 : 2, 
                                                                        : kMeanUnits.per_block;
 };
 
-// Refinement: the CTA's rows are the pooled queries of one tile. Masses are of short units or, by
+// Refinement: the CTA's rows are the averaged queries of one tile. Masses are of short units or, by
 // mma.sync, of keys.
 template <class T, int kDim, bool kKeys_ = false, bool kWgmma = false>
 struct RefineTraits

@@ -8,7 +8,7 @@ namespace condensate::kernels::block_select {
 
 template <class T, int kDim>
 Status scan_and_refine(const Call& call) {
-    // A tile's pooled queries are one or two times 16 rows.
+    // A tile's averaged queries are one or two times 16 rows.
     Status status = call.params.problem.group() <= 16
                         ? scan<ScanTraits<T, kDim, 8, Selector::kBlock>>(call)
                         : scan<ScanTraits<T, kDim, 4, Selector::kBlock>>(call);
