@@ -289,7 +289,8 @@ def estimated_omission(
     rounding = (terms.count + 64) * EPS
     error = moved + 4 * (terms.head_dim + 8) * EPS * terms.size + 2 * rounding
     lost = rounding.log() + torch.logaddexp(kept, pools)
-    largest = torch.maximum(terms.near.amax(-1), terms.far.amax(-1))
+    largest = torch.cat([terms.near, terms.far], -1)  # of no key: nothing to take the largest of
+    largest = largest.amax(-1) if largest.shape[-1] else pools
     light = terms.far < largest[..., None] - 125 * math.log(2)
     sure_pools = _log_sum(terms.far.masked_fill(light, -torch.inf))
     # Without pools, and for NaN, it is 0 and nothing else.
