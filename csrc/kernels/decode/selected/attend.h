@@ -9,7 +9,6 @@
 #include "kernels/decode/common/cache_elements.h"
 #include "kernels/decode/common/cache_view.h"
 #include "kernels/decode/selected/workspace.h"
-#include "ptx/grid.h"
 #include "ptx/math.h"
 #include "ptx/matrix.h"
 
@@ -346,8 +345,6 @@ __global__ void __launch_bounds__(kAttendThreads, kDim* kHeadTiles <= 128 ? 3 : 
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<AttendSmem*>(smem_bytes);
     auto* accumulators = reinterpret_cast<float*>(smem_bytes + aligned(sizeof(smem)));
-    ptx::launch_dependent_grids();
-    ptx::wait_for_prior_grids();
     const int64_t index = blockIdx.y;
     const int slice = static_cast<int>(blockIdx.x), group = params.group();
     const Item item(params, index, error_word);

@@ -64,14 +64,12 @@ Status run_kernels(const DecodeParams& p, const LaunchContext& context) {
     }
     if (!status.ok()) return status;
     Grid scores{sizes.slot_slices(), items};
-    scores.overlaps = p.mode != DecodeMode::kGivenTokens;
     status = launch(decode_score_kernel<T, CacheT, kDim, kHeadTiles>, "decode_score", scores,
                     kScoreThreads, sizeof(ScoreSmem<T, kDim>), context, p, sizes, workspace,
                     context.error_word);
     if (status.ok()) status = list_rows(p, sizes, context);
     if (!status.ok() || p.mode == DecodeMode::kSelect) return status;
     Grid values{sizes.slices(), items};
-    values.overlaps = true;
     return launch(decode_attend_kernel<T, CacheT, kDim, kHeadTiles>, "decode_attend", values,
                   kAttendThreads,
                   aligned(sizeof(AttendSmem)) + int64_t{kAttendWarps / 2} * p.group() * kDim * 4,

@@ -3,7 +3,6 @@
 #include "kernels/decode/selected/launch.h"
 #include "kernels/decode/selected/select.h"
 #include "kernels/decode/selected/sums.h"
-#include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
 namespace {
@@ -189,8 +188,6 @@ __global__ void __launch_bounds__(kListThreads)
     auto& smem = *reinterpret_cast<ListSmem*>(smem_bytes);
     auto* ranks = reinterpret_cast<float*>(smem_bytes + aligned(sizeof(ListSmem)));
     const SlotArrays arrays{ranks, reinterpret_cast<int32_t*>(ranks + sizes.slots)};
-    ptx::launch_dependent_grids();
-    ptx::wait_for_prior_grids();
     const Item item(params, blockIdx.x, error_word);
     const Record record(workspace, sizes, blockIdx.x);
     const int32_t listed =
@@ -207,7 +204,6 @@ __global__ void __launch_bounds__(kListThreads)
 
 Status list_rows(const DecodeParams& p, const Sizes& sizes, const LaunchContext& context) {
     Grid grid{p.batch * p.kv_heads * p.query_len};
-    grid.overlaps = true;
     return launch(decode_list_kernel, "decode_list", grid, kListThreads,
                   aligned(sizeof(ListSmem)) + sizes.slots * int64_t{8}, context, p, sizes,
                   static_cast<uint8_t*>(p.workspace), context.error_word);

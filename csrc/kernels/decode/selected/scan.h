@@ -7,7 +7,6 @@
 #include "device/softmax.h"
 #include "kernels/decode/common/cache_view.h"
 #include "kernels/decode/selected/sums.h"
-#include "ptx/grid.h"
 #include "ptx/math.h"
 #include "ptx/matrix.h"
 
@@ -154,7 +153,6 @@ __global__ void __launch_bounds__(kScanThreads, 2)
                        uint32_t* error_word) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<ScanSmem<kDim>*>(smem_bytes);
-    ptx::launch_dependent_grids();
     const int chunk = static_cast<int>(blockIdx.x), group = params.group();
     const int32_t sequence =
         static_cast<int32_t>(blockIdx.y / static_cast<uint32_t>(params.kv_heads));

@@ -6,7 +6,6 @@
 #include "kernels/decode/common/cache_view.h"
 #include "kernels/decode/selected/given.h"
 #include "kernels/decode/selected/scan.h"
-#include "ptx/grid.h"
 #include "ptx/matrix.h"
 
 namespace condensate::kernels::decode {
@@ -166,8 +165,6 @@ __global__ void __launch_bounds__(kScoreThreads)
                         uint32_t* error_word) {
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<ScoreSmem<T, kDim>*>(smem_bytes);
-    ptx::launch_dependent_grids();
-    ptx::wait_for_prior_grids();
     const int64_t index = blockIdx.y;
     const int slice = static_cast<int>(blockIdx.x);
     const Item item(params, index, error_word);

@@ -3,7 +3,6 @@
 #include "kernels/decode/selected/launch.h"
 #include "kernels/decode/selected/select.h"
 #include "kernels/decode/selected/sums.h"
-#include "ptx/grid.h"
 
 namespace condensate::kernels::decode {
 namespace {
@@ -81,8 +80,6 @@ __global__ void __launch_bounds__(kShortlistThreads)
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<ShortlistSmem*>(smem_bytes);
     auto* ranks = reinterpret_cast<float*>(smem_bytes + aligned(sizeof(ShortlistSmem)));
-    ptx::launch_dependent_grids();
-    ptx::wait_for_prior_grids();
     const Group group{group_size};
     const Item item(params, group.index(), error_word);
     const Record record(workspace, sizes, group.index());
@@ -136,7 +133,6 @@ Status make_shortlists(const DecodeParams& p, const Sizes& sizes, const LaunchCo
     const int ctas = shortlist_ctas(p, sizes, context);
     Grid grid{p.batch * p.kv_heads * p.query_len * ctas};
     grid.cluster = ctas;
-    grid.overlaps = true;
     const int64_t smem_bytes =
         aligned(sizeof(ShortlistSmem)) + ceil_div(sizes.units() + ctas, ctas) * 4;
     return launch(decode_shortlist_kernel, "decode_shortlist", grid, kShortlistThreads, smem_bytes,
