@@ -51,7 +51,7 @@ TEST(Tile, ItsRowsAreEveryQueryOfEveryHeadOnce) {
 }
 
 TEST(KvView, FindsRowsByTheTensorsStrides) {
-    const float elements[1] = {};
+    static const float elements[3251] = {};
     const ConstTensor4 tensor = {elements, 1000, 100, 10};
     const KvView view = KvView::of(tensor, sizeof(float), 3, 2);
     EXPECT_EQ(view.row<float>(5), elements + 3250);

@@ -147,7 +147,7 @@ __device__ inline void clear_headers(uint8_t* workspace, const Sizes& sizes, int
 
 // A chunk of 256 units of one sequence and KV head, for up to 64 query rows.
 template <class T, class CacheT, int kDim>
-__global__ void __launch_bounds__(kScanThreads, 2)
+__global__ void __launch_bounds__(kScanThreads)
     decode_scan_kernel(const __grid_constant__ DecodeParams params,
                        const __grid_constant__ Sizes sizes, uint8_t* workspace,
                        uint32_t* error_word) {
