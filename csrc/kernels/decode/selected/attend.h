@@ -338,7 +338,7 @@ __device__ void combine(AttendSmem& smem, const DecodeParams& params, const Item
 }
 
 template <class T, class CacheT, int kDim, int kHeadTiles>
-__global__ void __launch_bounds__(kAttendThreads)
+__global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? 2 : 1)
     decode_attend_kernel(const __grid_constant__ DecodeParams params,
                          const __grid_constant__ Sizes sizes, uint8_t* workspace,
                          uint32_t* error_word) {
