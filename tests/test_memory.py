@@ -11,6 +11,7 @@ import torch
 from tests.test_torch_integration import OPS, small_case, sound_call
 
 WARM_UP, CALLS = 4000, 16000  # 49 bytes a call would be 784 kB
+ROUNDS = 3  # a leak grows in each of them; a heap that other tests left behind settles
 MEBIBYTE = 2**20
 
 
@@ -31,9 +32,13 @@ def test_calls_leave_nothing_behind(device, name):
     op = getattr(torch.ops.condensate, name)
     for _ in range(WARM_UP):
         op(*positional, **keywords)
-    before = resident_bytes()
-    for _ in range(CALLS):
-        op(*positional, **keywords)
-    grown = resident_bytes() - before
-    assert grown < MEBIBYTE // 2, f"{grown} bytes after {CALLS} calls"
+    grown = []
+    for _ in range(ROUNDS):
+        before = resident_bytes()
+        for _ in range(CALLS):
+            op(*positional, **keywords)
+        grown.append(resident_bytes() - before)
+        if grown[-1] < MEBIBYTE // 2:
+            break
+    assert grown[-1] < MEBIBYTE // 2, f"{grown} bytes in rounds of {CALLS} calls"
     assert condensate_ext.read_error_word(device) == condensate_ext.ErrorWord.NONE

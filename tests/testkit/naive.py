@@ -6,6 +6,7 @@ Faults are named by what they break; the kit has to reject every one of them.
 from __future__ import annotations
 
 import torch
+from condensate_ext import ErrorWord
 from torch import Tensor
 
 from tests.testkit import far_field, oracle, selection
@@ -24,7 +25,7 @@ FAULTS = (
     "scale", "no_lse_term", "tie_rule", "budget", "order", "padding", "eligibility", "weight",
     "norm", "shortlist", "refinement", "head_budget", "short_list",
     "pool_weight", "pool_twice", "pool_border", "far_end", "pool_value",
-    "selections_estimate", "gap", "gap_blocks",
+    "selections_estimate", "gap", "gap_blocks", "error_word",
 )  # fmt: skip
 
 
@@ -33,6 +34,11 @@ class NaiveOps:
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault
+        self.error_word = ErrorWord.NONE
+
+    def read_error_word(self, device: str) -> ErrorWord:
+        word, self.error_word = self.error_word, ErrorWord.NONE
+        return word
 
     def _ranges(self, lq: int, lk: int, window: int, anchors: int, causal: bool) -> Ranges:
         window -= self.fault == "window_edge" and window > 0
@@ -113,7 +119,9 @@ class NaiveOps:
         self, query, key, value, indices, counts, *, window, anchors, far_field, causal, scale
     ):
         ranges = self._ranges(query.shape[2], key.shape[2], window, anchors, causal)
-        listed, _ = listed_blocks(indices, counts, key.shape[2])
+        listed, invalid = listed_blocks(indices, counts, key.shape[2])
+        if invalid and self.fault != "error_word":
+            self.error_word |= ErrorWord.BLOCK_INDEX
         if far_field:
             means = [self.block_summaries(t, selector="mean") for t in (key, value)]
             return self._condense(query, key, value, ranges, listed, means, scale)
