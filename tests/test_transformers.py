@@ -11,7 +11,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 import condensate_ext.transformers as condensate  # noqa: E402
-from condensate_ext.transformers import attend, condensed_attention, replaced_attention  # noqa: E402
+from condensate_ext.transformers import computes, condensed_attention, replaced_attention  # noqa: E402
 from condensate_ext.transformers.cache import CondensedLayer, CondensedStaticLayer  # noqa: E402
 
 from tests.testkit import tiny_lm  # noqa: E402
@@ -218,7 +218,7 @@ def test_a_step_is_the_decode_operator_over_the_layers_own_cache(model, ids, cou
     with condensed_attention(model, **STEP):
         cache = model(input_ids=ids[:, :300], use_cache=True).cache
         model(input_ids=ids[:, 300 : 300 + count], cache=cache)
-        original = attend.attention_with_kvcache
+        original = computes.attention_with_kvcache
 
         def spy(query, key, value, lengths, **kwargs):
             out = original(query, key, value, lengths, **kwargs)
@@ -229,7 +229,7 @@ def test_a_step_is_the_decode_operator_over_the_layers_own_cache(model, ids, cou
             return out
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attend, "attention_with_kvcache", spy)
+            patch.setattr(computes, "attention_with_kvcache", spy)
             model(input_ids=ids[:, 300 + count : 300 + 2 * count], cache=cache)
     assert all(type(layer) is CondensedLayer for layer in cache.layers)
     width = 64  # head_dim 16 lies in buffers of the decode kernels' narrowest
@@ -431,7 +431,7 @@ def test_policies_are_checked_before_anything_runs(model):
 def test_what_cannot_be_honoured_names_the_layer(model, ids):
     with pytest.raises(NotImplementedError, match=r"explicit attention mask in LlamaAttention of"):
         logits(model, ids, SMALL, attention_mask=torch.zeros(2, 1, 400, 400))
-    with pytest.raises(NotImplementedError, match="dropout=0.5 in LlamaAttention of layer 0"):
+    with pytest.raises(NotImplementedError, match=r"dropout=0.5 in LlamaAttention of layer 0"):
         model.train()
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.5

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from condensate_ext.transformers import attend, disable, enable
+from condensate_ext.transformers import computes, disable, enable
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 PROMPT, STEPS, VOCABULARY = 160, 4, 128
@@ -35,13 +35,15 @@ SMALL: dict[str, Any] = {
     "embedding_size": 64, "word_embed_proj_dim": 64, "hidden_dim": 64,
     "intermediate_size": 64, "ffn_dim": 64, "n_inner": 64, "ffn_hidden_size": 64, "d_ff": 64,
     "decoder_ffn_dim": 64, "shared_intermediate_size": 64, "intermediate_size_mlp": 64,
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "expert_ffn_hidden_size": 32,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4,
     "decoder_attention_heads": 4, "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16,
     "global_head_dim": 16, "num_global_key_value_heads": 2, "attention_head_size": 16,
     "max_position_embeddings": 512, "n_positions": 512, "n_ctx": 512, "max_seq_len": 512,
-    "sliding_window": 48, "attention_chunk_size": 64, "local_attention_window": 48, "window_size": 48,
+    "sliding_window": 48, "attention_chunk_size": 64, "local_attention_window": 48,
+    "window_size": 48,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "zero_expert_num": 1,
@@ -50,8 +52,11 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 0, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "linear_num_key_heads": 2,
     "linear_num_value_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    "num_kv_shared_layers": 0, "kv_channels": 16, "lru_width": 64,
+    "num_kv_shared_layers": 0, "kv_channels": 16, "lru_width": 64, "is_decoder": True,
+    "per_layer_config": None, "activation_sparsity_pattern": None, "attn_layer_period": 2,
+    "attn_layer_offset": 1, "attn_layer_indices": [1], "mamba_expand": 2, "dim_model": 64,
 }  # fmt: skip
+DEFAULTS_OF_NONE = {"sliding_window", "pad_token_id", "bos_token_id", "q_lora_rank"}
 
 
 @dataclass(frozen=True)
@@ -75,9 +80,9 @@ def small_config(name: str) -> Any:
 def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
     fields = {k: v for k, v in fields.items() if k not in ("model_type", "transformers_version")}
     small = {k: SMALL.get(k, v) for k, v in fields.items()}
-    for name, value in SMALL.items():
-        if name in fields and fields[name] is None and name not in ("pad_token_id", "bos_token_id"):
-            small[name] = None if name in ("sliding_window", "head_dim", "q_lora_rank") else value
+    small |= {name: None for name in DEFAULTS_OF_NONE if name in fields and fields[name] is None}
+    if "kv_lora_rank" in fields:  # latent attention: keys and values are expanded for every head
+        small["num_key_value_heads"] = SMALL["num_attention_heads"]
     depth = 2
     for name in ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types"):
         kinds = fields.get(name)
@@ -113,7 +118,7 @@ def run(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def counted(calls: Counter[str]) -> Iterator[None]:
     """Counts what reaches this package's operators."""
     names = ("attention", "attention_forward", "attention_with_kvcache")
-    originals = {name: getattr(attend, name) for name in names}
+    originals = {name: getattr(computes, name) for name in names}
 
     def spy(name: str) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
@@ -123,12 +128,12 @@ def counted(calls: Counter[str]) -> Iterator[None]:
         return called
 
     for name in names:
-        setattr(attend, name, spy(name))
+        setattr(computes, name, spy(name))
     try:
         yield
     finally:
         for name in names:
-            setattr(attend, name, originals[name])
+            setattr(computes, name, originals[name])
 
 
 def _timeout(*_: Any) -> None:

@@ -6,6 +6,7 @@ Needs transformers 5. What cannot be computed right is refused by a ``NotImpleme
 names the layer, the reason and the way out.
 """
 
+from condensate_ext.transformers.lossless import Acceptance, Lossless
 from condensate_ext.transformers.policy import Policy
 from condensate_ext.transformers.refusals import refusal_of
 from condensate_ext.transformers.switch import (
@@ -19,6 +20,8 @@ from condensate_ext.transformers.switch import (
 register()
 
 __all__ = [
+    "Acceptance",
+    "Lossless",
     "Policy",
     "condensed_attention",
     "disable",

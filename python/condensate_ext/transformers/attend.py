@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condensate_ext.kvcache import attention_with_kvcache
-from condensate_ext.ops import attention, attention_forward
-from condensate_ext.transformers.cache import DECODE_HEAD_DIMS, Summarised, layer_of
+from condensate_ext.transformers.cache import DECODE_HEAD_DIMS, layer_of
+from condensate_ext.transformers.computes import Compute, sparse
 from condensate_ext.transformers.masks import FIXED, PADDED
-from condensate_ext.transformers.policy import Policy
 from condensate_ext.transformers.refusals import layer_name, refuse
 
 DECODE_QUERIES = 16
@@ -26,151 +23,6 @@ _HARMLESS = {
     "kwargs", "target_dtype", "deterministic", "training", "input_ids", "token_type_ids",
 }  # fmt: skip
 _OFF_WHEN_FALSE = {"output_attentions", "is_cross_attention"}
-
-
-class Compute(Protocol):
-    """Causal attention of a full layer. Query ``[B, Hq, Lq, D]``, key and value ``[B, Hkv, Lk,
-    D]``, the last query at the last key; returns ``[B, Hq, Lq, D]``."""
-
-    summaries: bool
-    """Do steps read a cache layer's summaries?"""
-
-    def prompt(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
-    ) -> Tensor: ...
-
-    def step(
-        self,
-        query: Tensor,
-        layer: Summarised,
-        starts: tuple[int, ...] | None,
-        scale: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor | None:
-        """Of up to 16 queries over a cache layer; None where :meth:`prompt` has to do it."""
-        ...
-
-
-class Condensed:
-    """A policy's operators."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.summaries = policy.selector == "block"
-
-    def prompt(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
-    ) -> Tensor:
-        return sparse(query, key, value, scale, sinks, **self.policy.prefill)
-
-    def step(
-        self,
-        query: Tensor,
-        layer: Summarised,
-        starts: tuple[int, ...] | None,
-        scale: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor | None:
-        if not self.summaries:
-            return None
-        return over_cache(
-            query, layer, starts, layer.summaries(starts), scale, sinks, **self.policy.decode
-        )
-
-
-class Dense:
-    """Every key, by the operators of this package: what verifies a draft."""
-
-    summaries = False
-
-    def prompt(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
-    ) -> Tensor:
-        window = key.shape[2]
-        return sparse(query, key, value, scale, sinks, window=window, anchors=0, topk=0)
-
-    def step(
-        self,
-        query: Tensor,
-        layer: Summarised,
-        starts: tuple[int, ...] | None,
-        scale: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor | None:
-        window = layer.buffers()[0].shape[2]
-        return over_cache(
-            query, layer, starts, None, scale, sinks, window=window, anchors=0, topk=0, shortlist=8
-        )
-
-
-class Replaced:
-    """A function of the caller's, for prompts and steps alike."""
-
-    summaries = False
-
-    def __init__(self, compute: Callable[..., Tensor]) -> None:
-        self.compute = compute
-
-    def prompt(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
-    ) -> Tensor:
-        if sinks is not None:
-            refuse("attention sinks (s_aux)", "use condensed_attention, which has them")
-        return self.compute(query, key, value, scale=scale)
-
-    def step(self, *_: Any) -> Tensor | None:
-        return None
-
-
-def sparse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    **policy: Any,
-) -> Tensor:
-    """:func:`condensate_ext.attention` with sinks, and for values of another head_dim."""
-    width, own = value.shape[-1], key.shape[-1]
-    to = max(-(-max(width, own) // 8) * 8, 8)
-    if scale is None:
-        scale = own**-0.5
-    query, key, value = (x if x.shape[-1] == to else F.pad(x, (0, to - x.shape[-1]))
-                         for x in (query, key, value))  # fmt: skip
-    if sinks is None:
-        out = attention(query, key, value, scale=scale, **policy)
-    else:  # a sink only adds to the softmax's denominator
-        out, lse = attention_forward(query, key, value, scale=scale, estimate=False, **policy)
-        share = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
-        out = (out * share[..., None]).to(query.dtype)
-    return out[..., :width]
-
-
-def over_cache(
-    query: Tensor,
-    layer: Summarised,
-    starts: tuple[int, ...] | None,
-    summaries: list[Any] | None,
-    scale: float | None,
-    sinks: Tensor | None,
-    **policy: Any,
-) -> Tensor:
-    """:func:`condensate_ext.attention_with_kvcache` over a layer's buffers, row by row if padded."""
-    width = query.shape[-1]
-    to = layer.buffers()[0].shape[-1]
-    scale = width**-0.5 if scale is None else scale
-    sinks = None if sinks is None else sinks.float()
-    if to != width:
-        query = F.pad(query, (0, to - width))
-    rows = layer.rows(starts)
-    outs = [
-        attention_with_kvcache(
-            query if starts is None else query[b : b + 1], *row, scale=scale, sinks=sinks,
-            summaries=None if summaries is None else summaries[b], **policy,
-        )
-        for b, row in enumerate(rows)
-    ]  # fmt: skip
-    return outs[0] if starts is None else torch.cat(outs)
 
 
 def attend(
@@ -266,7 +118,7 @@ def _step(
     starts: tuple[int, ...] | None = None,
 ) -> Tensor | None:
     """A few queries over a cache layer with summaries; None where this is none."""
-    layer = layer_of(key)
+    layer = layer_of(key, value)
     if layer is None:
         return None
     keys, values = layer.buffers()

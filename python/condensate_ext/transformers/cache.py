@@ -27,6 +27,8 @@ def decode_head_dim(*widths: int) -> int | None:
 class Summarised:
     """Summaries of a layer's buffers, made when first asked for and kept up to date from then."""
 
+    keys: Any
+    values: Any
     _summaries: list[KVSummaries] | None = None
     _starts: tuple[int, ...] | None = None
 
@@ -52,7 +54,8 @@ class Summarised:
         """For each of :meth:`rows`."""
         if self._summaries is None or self._starts != starts:
             self._starts = starts
-            self._summaries = [KVSummaries.empty_for(k, paged=False) for k, _, _ in self.rows(starts)]
+            keys = [key for key, _, _ in self.rows(starts)]
+            self._summaries = [KVSummaries.empty_for(key, paged=False) for key in keys]
             self._update(self.buffers()[0].shape[2])
         return self._summaries
 
@@ -68,11 +71,12 @@ class Summarised:
         if self._summaries is not None:
             self._update(count)
 
-    def _named(self, key: Tensor) -> Tensor:
-        """A view for attention, which finds this layer by it."""
-        view = key.view_as(key)
-        view.condensate_layer = self  # type: ignore[attr-defined]
-        return view
+    def _named(self) -> tuple[Tensor, Tensor]:
+        """Views for attention, which finds this layer by them."""
+        views = self.keys.view_as(self.keys), self.values.view_as(self.values)
+        for view in views:
+            view.condensate_layer = self
+        return views
 
 
 class CondensedLayer(Summarised, DynamicLayer):  # type: ignore[misc]
@@ -108,7 +112,7 @@ class CondensedLayer(Summarised, DynamicLayer):  # type: ignore[misc]
             for buffer, states in zip(self.buffers(), (key_states, value_states), strict=True)
         )
         self._appended(new)
-        return self._named(self.keys), self.values
+        return self._named()
 
     @staticmethod
     def _append(buffer: Tensor, states: Tensor, held: int) -> Tensor:
@@ -165,14 +169,15 @@ class CondensedStaticLayer(Summarised, StaticLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def lengths(self) -> Tensor:
-        return self.cumulative_length.to(torch.int32).expand(self.keys.shape[0]).contiguous()
+        length: Tensor = self.cumulative_length.to(torch.int32)
+        return length.expand(self.keys.shape[0]).contiguous()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         super().update(key_states, value_states, *args, **kwargs)
         self._appended(key_states.shape[2])
-        return self._named(self.keys), self.values
+        return self._named()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -183,9 +188,13 @@ class CondensedStaticLayer(Summarised, StaticLayer):  # type: ignore[misc]
         self._forget()
 
 
-def layer_of(key: Tensor) -> Summarised | None:
-    """The layer whose ``update`` returned ``key``, where it keeps summaries."""
-    return getattr(key, "condensate_layer", None)
+def layer_of(key: Tensor, value: Tensor) -> Summarised | None:
+    """The layer whose ``update`` returned both, where it keeps summaries.
+
+    A model that attends other keys or values than those it caches, such as parts of them, has none.
+    """
+    layer: Summarised | None = getattr(key, "condensate_layer", None)
+    return layer if getattr(value, "condensate_layer", None) is layer else None
 
 
 def keep_summaries(cache: Cache, index: int) -> None:

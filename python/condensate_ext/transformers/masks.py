@@ -57,7 +57,7 @@ def describe_mask(
             f"a mask made by {', '.join(sorted(unknown))}, which is not a plainly causal one",
             "pass none, and use a model whose layers are causal, windowed or chunked",
         )
-    window = parts[_WINDOW].get("sliding_window") if _WINDOW in parts else None
+    window: int | None = parts[_WINDOW]["sliding_window"] if _WINDOW in parts else None
     if window is not None and isinstance(q_offset, int) and window >= q_offset + q_length:
         window = None  # it hides nothing yet
         parts.pop(_WINDOW)
@@ -70,12 +70,13 @@ def describe_mask(
             return None
         return _bounds(padding, batch_size, q_length, q_offset, device)
     if parts.keys() == {_CAUSAL, _PACKED} and padding is None and aligned:
-        return parts[_PACKED]["packed_sequence_mask"].to(torch.int32)[:, None, None, :]
-    if parts.keys() == {_CAUSAL, _WINDOW} and padding is None and aligned:
+        sequences: Tensor = parts[_PACKED]["packed_sequence_mask"]
+        return sequences.to(torch.int32)[:, None, None, :]
+    if window is not None and parts.keys() == {_CAUSAL, _WINDOW} and padding is None and aligned:
         return torch.zeros(1, dtype=torch.int16, device=device).expand(1, 1, 1, window)
     from transformers.masking_utils import sdpa_mask
 
-    mask = sdpa_mask(
+    mask: Tensor = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         device=device, **{**rest, "allow_is_causal_skip": False},

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from condensate_ext.transformers.attend import Compute, Condensed, Replaced, attend, explain
+from condensate_ext.transformers.attend import attend, explain
 from condensate_ext.transformers.cache import keep_summaries
+from condensate_ext.transformers.computes import Compute, Condensed, Replaced
 from condensate_ext.transformers.masks import describe_mask
 from condensate_ext.transformers.policy import Policy
 from condensate_ext.transformers.refusals import refusal_of
@@ -106,7 +107,8 @@ def _attention(
     if compute is None:
         before = switch.implementation_before(getattr(module, "config", None))  # type: ignore[union-attr]
         function = AttentionInterface._global_mapping.get(before) or _eager(module, before)
-        return function(module, query, key, value, attention_mask, **kwargs)
+        dense: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, **kwargs)
+        return dense
     try:
         out = attend(compute, module, query, key, value, attention_mask, **kwargs)
     except NotImplementedError:
@@ -136,7 +138,8 @@ def _mask(*, config: Any = None, **kwargs: Any) -> Tensor | None:
         return describe_mask(**kwargs)
     before = switch.implementation_before(config)
     make = AttentionMaskInterface._global_mapping.get(before)
-    return None if make is None else make(config=config, **kwargs)
+    mask: Tensor | None = None if make is None else make(config=config, **kwargs)
+    return mask
 
 
 def register() -> None:
@@ -149,7 +152,8 @@ def _attentions(model: Any) -> list[torch.nn.Module]:
     return [
         module
         for module in model.modules()
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+        if "Attention" in type(module).__name__
+        and isinstance(getattr(module, "layer_idx", None), int)
     ]
 
 
@@ -252,7 +256,8 @@ def disable(model: Any) -> None:
 
 
 @contextmanager
-def _open(model: Any, compute: Compute) -> Iterator[None]:
+def open_context(model: Any, compute: Compute) -> Iterator[None]:
+    """Lets the passes that this thread makes meanwhile run ``compute``."""
     with _lock:
         switch = _switch_of(model)
         entry = _Entry(next(_numbers), switch, compute)
@@ -284,7 +289,7 @@ def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
 
     Args and errors: as for :func:`enable`.
     """
-    with _open(model, Condensed(Policy.of("condensed_attention", policy))):
+    with open_context(model, Condensed(Policy.of("condensed_attention", policy))):
         yield
 
 
@@ -302,5 +307,5 @@ def replaced_attention(model: Any, compute: Callable[..., Tensor]) -> Iterator[N
         NotImplementedError: the model, or a forward pass, needs what this hook cannot compute.
         RuntimeError: the model does not go through transformers' attention interface.
     """
-    with _open(model, Replaced(compute)):
+    with open_context(model, Replaced(compute)):
         yield
