@@ -11,7 +11,7 @@ VOCABULARY = len(_CHARACTERS) + 1
 BEGIN = VOCABULARY - 1
 
 
-def make_model(layers: int = 2):
+def make_model(layers: int = 2, head_dim: int = 16):
     """Weights large enough that attention matters to the logits."""
     import transformers
 
@@ -23,7 +23,7 @@ def make_model(layers: int = 2):
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         initializer_range=0.3,
         attn_implementation="sdpa",
