@@ -9,6 +9,7 @@ set_source_files_properties("${csrc}/reference/kv_summaries.cc" "${csrc}/cpu/kv_
   PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
 
 add_library(condensate_core STATIC ${core_sources})
+add_library(condensate::core ALIAS condensate_core)
 target_include_directories(condensate_core PUBLIC "${csrc}/include" "${csrc}")
 target_link_libraries(condensate_core PRIVATE condensate_options)
 target_compile_definitions(condensate_core PRIVATE

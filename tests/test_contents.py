@@ -71,7 +71,7 @@ def test_each_kind_of_bad_list(device, monkeypatch, entries, count, expected):
 
 @pytest.mark.parametrize("count, expected", [(0, ErrorWord.NONE), (1, ErrorWord.BLOCK_COUNT),
                                              (-1, ErrorWord.BLOCK_COUNT)])  # fmt: skip
-def test_counts_of_lists_without_places(device, count, expected):
+def test_counts_of_lists_without_places(device, monkeypatch, count, expected):
     case = Case(device, query_len=70, kv_len=160)
     indices = torch.empty(1, 1, 2, 0, dtype=torch.int32, device=device)
     counts = torch.full((1, 1, 2), count, dtype=torch.int32, device=device)
@@ -79,6 +79,13 @@ def test_counts_of_lists_without_places(device, count, expected):
     out, lse = _attend(case, indices, counts)
     assert condensate_ext.read_error_word(device) == expected
     oracle.assert_matches(oracle.attention(*case.tensors(), case.ranges.always()), out, lse)
+    monkeypatch.setenv("CONDENSATE_STRICT", "1")
+    if expected == ErrorWord.NONE:
+        _attend(case, indices, counts)
+    else:
+        with pytest.raises(ValueError, match="block_counts has a value outside"):
+            _attend(case, indices, counts)
+        assert condensate_ext.read_error_word(device) == ErrorWord.NONE, "the raise cleared it"
 
 
 def test_a_set_word_is_noticed_after_a_test(device):

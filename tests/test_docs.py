@@ -1,12 +1,16 @@
-"""The documents: links lead somewhere, files exist, paragraphs are short, a figure comes first."""
+"""The documents: links lead somewhere, files exist, examples run, paragraphs are short."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.testkit import tiny_lm
 from tools import readme_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +64,39 @@ def test_paragraphs_are_short(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     long = [part[:60] for part in paragraphs(text) if len(part.split()) > WORDS]
     assert not long, f"more than {WORDS} words"
+
+
+def examples(page: Path) -> str:
+    """All Python of a page, one block after another."""
+    text = page.read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.stem)
+def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small models and inputs where the page's own are a user's."""
+    code = examples(page)
+    names: dict[str, object] = {}
+    if "model" in code:
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        model, tokenizer = tiny_lm.make_model(head_dim=64), tiny_lm.make_tokenizer()
+        for name, made in (("AutoModelForCausalLM", model), ("AutoTokenizer", tokenizer)):
+            monkeypatch.setattr(
+                getattr(transformers, name), "from_pretrained", lambda *_, made=made, **__: made
+            )
+        names = {"model": model, "input_ids": torch.randint(97, (1, 300))}
+    code = code.replace("32, 16384, 128", "4, 640, 128").replace("8, 16384, 128", "2, 640, 128")
+    exec(compile(code, str(page), "exec"), names)
+
+
+def test_pictures_are_those_of_their_script(tmp_path: Path) -> None:
+    matplotlib_image = pytest.importorskip("matplotlib.image")
+    script = tmp_path / "draw.py"
+    script.write_bytes((ROOT / "docs" / "images" / "draw.py").read_bytes())
+    subprocess.run([sys.executable, script], check=True)
+    for made in tmp_path.glob("*.png"):
+        new, kept = map(matplotlib_image.imread, (made, ROOT / "docs" / "images" / made.name))
+        assert new.shape == kept.shape and abs(new - kept).mean() < 0.02  # fonts differ a little
 
 
 @pytest.mark.parametrize("name", FIGURE_FIRST)

@@ -261,6 +261,11 @@ Status make_plan(const AttentionCall& asked, const DeviceFacts& facts,
 }
 
 Status plan_attention(const AttentionCall& call, const Executor& executor, Plan* plan) {
+    if (plan == nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: plan is null, expected a pointer to a Plan; pass the address of "
+                           "one.",
+                           kOp);
     Context context;
     Status status = make_context(executor, &context);
     return status.ok() ? make_plan(call, context.facts, context.environment, plan) : status;

@@ -10,6 +10,7 @@ namespace {
 using LL = long long;
 
 constexpr int64_t kMaxLength = int64_t{1} << 31;  // lengths and positions fit int32
+constexpr int64_t kMaxRows = int64_t{1} << 46;    // times queries and channels: offsets fit int64
 
 struct NamedSize {
     const char* name;
@@ -65,7 +66,7 @@ Status check_cache(const char* op, const KvCache& cache, int64_t batch) {
                            op, static_cast<LL>(cache.capacity()));
     if (batch == 0) return {};
     status = check_pointers(op, {"cache_seqlens"}, {cache.lengths});
-    if (!status.ok() || cache.num_pages * cache.capacity() == 0) return status;
+    if (!status.ok() || cache.num_pages == 0 || cache.capacity() == 0) return status;
     return check_pointers(op, {"key_cache", "value_cache"}, {cache.key, cache.value});
 }
 
@@ -75,6 +76,24 @@ Status check_head_dim(const char* op, int64_t head_dim) {
                        "%s: head_dim is %lld, expected 64, 96, 128 or 256; pad the last dimension "
                        "with zeros to the next of them and keep the scale of the unpadded size.",
                        op, static_cast<LL>(head_dim));
+}
+
+Status check_mode(const char* op, DecodeMode mode) {
+    for (DecodeMode known : {DecodeMode::kDense, DecodeMode::kSelectAndAttend, DecodeMode::kSelect,
+                             DecodeMode::kGivenTokens})
+        if (mode == known) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: mode is %d, expected one of DecodeMode, 0 to 3; pass one of them.", op,
+                       static_cast<int>(mode));
+}
+
+Status check_cache_dtype(const char* op, DType dtype) {
+    for (DType known : {DType::kFloat16, DType::kBFloat16, DType::kFloat32, DType::kFloat8E4M3})
+        if (dtype == known) return {};
+    return make_status(StatusCode::kInvalidArgument,
+                       "%s: the caches have dtype code %d, expected float16 (0), bfloat16 (1), "
+                       "float32 (2) or float8_e4m3fn (3); convert them.",
+                       op, static_cast<int>(dtype));
 }
 
 Status check_scale(const char* op, float scale) {
@@ -93,15 +112,15 @@ Status check_softcap(const char* op, float softcap) {
 }
 
 Status check_query(const char* op, const DecodeParams& p) {
-    if (p.kv_heads < 1 || p.query_heads < 1 || p.query_heads % p.kv_heads != 0 ||
-        p.query_heads / p.kv_heads > kMaxGroup)
-        return make_status(StatusCode::kInvalidArgument,
-                           "%s: query has %lld heads and key_cache has %lld, expected a multiple "
-                           "of the cache's heads, 1 to %d times as many; check that query is "
-                           "[batch, heads, seq, head_dim] and the caches [pages, heads, tokens, "
-                           "head_dim].",
-                           op, static_cast<LL>(p.query_heads), static_cast<LL>(p.kv_heads),
-                           kMaxGroup);
+    if (p.kv_heads < 1 || p.query_heads < 1 || p.query_heads >= kMaxLength ||
+        p.query_heads % p.kv_heads != 0 || p.query_heads / p.kv_heads > kMaxGroup)
+        return make_status(
+            StatusCode::kInvalidArgument,
+            "%s: query has %lld heads and key_cache has %lld, expected a multiple "
+            "of the cache's heads, 1 to %d times as many, fewer than 2^31; check that "
+            "query is [batch, heads, seq, head_dim] and the caches [pages, heads, tokens, "
+            "head_dim].",
+            op, static_cast<LL>(p.query_heads), static_cast<LL>(p.kv_heads), kMaxGroup);
     if (p.query_len > kMaxDecodeQueries)
         return make_status(StatusCode::kInvalidArgument,
                            "%s: query has %lld positions, expected 1 to %d; split the call, or use "
@@ -147,8 +166,12 @@ Status check_budget(const char* op, const DecodeParams& p) {
 }
 
 Status check_outputs(const char* op, const DecodeParams& p) {
-    const int64_t rows = p.batch * p.query_heads * p.query_len;
-    if (rows == 0) return {};
+    if (p.batch == 0 || p.query_len == 0) return {};
+    if (p.batch * p.query_heads >= kMaxRows)
+        return make_status(StatusCode::kInvalidArgument,
+                           "%s: query has %lld sequences of %lld heads, expected fewer than 2^46 "
+                           "heads in all; split the call.",
+                           op, static_cast<LL>(p.batch), static_cast<LL>(p.query_heads));
     Status status = check_pointers(op, {"query"}, {p.query.data});
     if (!status.ok()) return status;
     const bool lists = p.mode == DecodeMode::kGivenTokens || p.mode == DecodeMode::kSelect;
@@ -165,7 +188,8 @@ Status check_outputs(const char* op, const DecodeParams& p) {
 
 Status validate(const DecodeParams& p) {
     const char* op = "attention_with_kvcache";
-    Status status = check_sizes(op, {{"batch", p.batch}, {"query_len", p.query_len}});
+    Status status = check_mode(op, p.mode);
+    if (status.ok()) status = check_sizes(op, {{"batch", p.batch}, {"query_len", p.query_len}});
     if (status.ok()) status = check_query(op, p);
     if (status.ok()) status = check_head_dim(op, p.head_dim);
     if (status.ok()) status = check_cache(op, p.cache, p.batch);
@@ -181,9 +205,11 @@ Status validate(const UpdateSummariesParams& p) {
     Status status =
         check_sizes(op, {{"batch", p.batch}, {"kv_heads", p.kv_heads}, {"appended", p.appended}});
     if (status.ok()) status = check_head_dim(op, p.head_dim);
+    if (status.ok()) status = check_cache_dtype(op, p.cache.dtype);
     if (status.ok()) status = check_cache(op, p.cache, p.batch);
-    if (!status.ok() || p.batch * p.kv_heads * p.cache.num_pages * p.cache.page_size == 0)
-        return status;
+    const bool empty =
+        p.batch == 0 || p.kv_heads == 0 || p.cache.num_pages == 0 || p.cache.page_size == 0;
+    if (!status.ok() || empty) return status;
     return check_pointers(op, {"summaries", "summary_scales"},
                           {p.summaries.rows, p.summaries.scales});
 }

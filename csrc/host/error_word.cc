@@ -44,6 +44,10 @@ Status status_of_error_word(const char* op, uint32_t word) {
 }
 
 Status read_error_word(const Executor& executor, bool clear, uint32_t* word) {
+    if (word == nullptr)
+        return make_status(StatusCode::kInvalidArgument,
+                           "read_error_word: word is null, expected a pointer to a uint32_t; pass "
+                           "the address of one.");
     if (!executor.cuda) {
         *word = read_cpu_error(clear);
         return {};

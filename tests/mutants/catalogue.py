@@ -584,6 +584,13 @@ CPU = (
         "test_contents.py without_places",
     ),
     Mutant(
+        "strict_mode_passes_empty_lists",
+        "host/stages/attention.cc",
+        "[](const P& p) { return p.block_counts != nullptr; }",
+        "[](const P& p) { return p.block_counts != nullptr && p.max_blocks > 0; }",
+        "test_contents.py without_places",
+    ),
+    Mutant(
         "share_rounded_to_none",
         "torch/policy.h",
         "constexpr float kSmallest = std::numeric_limits<float>::min();",

@@ -96,7 +96,8 @@ const StageTable<P>& table_of(const P&) {
                 "tiles"};
         },
         describe,
-        has_lists,
+        // Lists of width 0 have counts all the same.
+        [](const P& p) { return p.block_counts != nullptr; },
         {{Path::kSm90, kByWgmma, CONDENSATE_SM90_LAUNCHER(attention_sm90), sm90_obstacle,
           [](const P& p) { return p.threshold == nullptr; }},
          {Path::kSm80, kByMma, CONDENSATE_CUDA_LAUNCHER(attention_sm80), sm80_obstacle},

@@ -4,6 +4,7 @@ from tools.scorecard.rows import (
     bad_calls,
     canaries,
     concurrency,
+    cpp_api,
     dense,
     features,
     graphs,
@@ -14,6 +15,7 @@ from tools.scorecard.rows import (
     repeatable,
     sizes,
     soak,
+    torch_minors,
 )
 
 LINES = (
@@ -34,4 +36,6 @@ LINES = (
     sizes.LINE,
     dense.LINE,
     features.LINE,
+    cpp_api.LINE,
+    torch_minors.LINE,
 )
