@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def published_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct, made once and kept under build/, or a skip that says why."""
+    pytest.importorskip("transformers", minversion="5.0")
+    from tools import published_model
+
+    try:
+        return published_model.make()
+    except published_model.UnavailableError as error:
+        pytest.skip(f"no published model: {error}")
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,14 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from condensate_ext import evaluate  # noqa: E402
-from condensate_ext.evaluate import control, language, policies, runs, survival  # noqa: E402
+from condensate_ext.evaluate import (  # noqa: E402
+    control,
+    intervals,
+    language,
+    policies,
+    runs,
+    survival,
+)
 from condensate_ext.evaluate.language import Fidelity  # noqa: E402
 from condensate_ext.hf import condensed_attention  # noqa: E402
 
@@ -124,6 +131,20 @@ def test_summary_of_documents():
     assert found["dppl_percent_median"] == pytest.approx(100 * (math.exp(0.2) - 1))
     assert found["dppl_percent_worst"] == pytest.approx(100 * (math.exp(0.6) - 1))
     assert (found["documents"], found["tokens"]) == (3, 30)
+    # Losses differ by 0.1, 0.2, 0.6: standard error sqrt(0.07 / 3), and 4.303 of them to each side.
+    half = 4.3027 * math.sqrt(0.07 / 3)
+    bounds = (found["dppl_percent_low"], found["dppl_percent_high"])
+    assert bounds == pytest.approx(
+        [100 * math.expm1(0.3 - half), 100 * math.expm1(0.3 + half)], rel=1e-4
+    )
+    assert language.summary(documents[:1])["dppl_percent_low"] is None
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(1, 12.7062), (2, 4.30265), (7, 2.36462), (30, 2.04227)]
+)
+def test_intervals_use_students_quantile(degrees, quantile):
+    assert intervals.student_quantile(degrees) == pytest.approx(quantile, rel=1e-5)
 
 
 @pytest.mark.parametrize("scores_held", [1, 7 * 4 * 50, 10**6])

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condensate_ext.evaluate.intervals import mean_interval
 from condensate_ext.evaluate.policies import Policy, Variant
 from condensate_ext.evaluate.runs import (
     Advance,
@@ -53,17 +54,25 @@ class Fidelity:
         return math.exp(self.nll_dense)
 
 
-def summary(documents: Sequence[Fidelity]) -> dict[str, float | int]:
-    """Averages over all tokens, and the perplexity change of the median and the worst document."""
+def summary(documents: Sequence[Fidelity]) -> dict[str, float | int | None]:
+    """Averages over all tokens, and the perplexity change of the median and the worst document.
+
+    ``dppl_percent_low`` to ``dppl_percent_high`` is the 95 % interval of the change over documents
+    like these, by how much theirs differ; None for one document.
+    """
     tokens = sum(d.tokens for d in documents)
 
     def mean(values: Iterator[float]) -> float:
         return sum(v * d.tokens for v, d in zip(values, documents, strict=True)) / tokens
 
+    interval = mean_interval([d.nll - d.nll_dense for d in documents])
+    low, high = (None, None) if interval is None else (100 * math.expm1(x) for x in interval)
     return {
         "kl": mean(d.kl for d in documents),
         "top1": mean(d.top1 for d in documents),
         "dppl_percent": 100 * math.expm1(mean(d.nll - d.nll_dense for d in documents)),
+        "dppl_percent_low": low,
+        "dppl_percent_high": high,
         "dppl_percent_median": statistics.median(d.dppl_percent for d in documents),
         "dppl_percent_worst": max(d.dppl_percent for d in documents),
         "documents": len(documents),

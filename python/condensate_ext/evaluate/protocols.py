@@ -31,7 +31,8 @@ from condensate_ext.evaluate.subject import Subject
 Record = dict[str, Any]
 
 FIELDS = (
-    "keys_mean", "kl", "top1", "dppl_percent", "dppl_percent_median", "dppl_percent_worst",
+    "keys_mean", "kl", "top1", "dppl_percent", "dppl_percent_low", "dppl_percent_high",
+    "dppl_percent_median", "dppl_percent_worst",
     "needle_first", "needle_all",
     "identical_tokens", "identical_tokens_median", "survived",
     "omitted_mean", "omitted_low", "omitted_high", "omitted_p99", "omitted_max",
