@@ -307,7 +307,7 @@ __device__ void combine(AttendSmem& smem, const DecodeParams& params, const Item
         const int64_t query_head = static_cast<int64_t>(item.kv_head) * group + head;
         const float reference = smem.reference[head];
         float total = attended + (params.far_field ? condensed : 0.0f);
-        if (params.sinks)
+        if (params.sinks && item.span.visible > 0)
             total += ptx::exp2_approx(params.sinks[query_head] * device::kLog2E - reference);
         smem.total[head] = total;
         const int64_t row =
