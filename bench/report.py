@@ -37,9 +37,16 @@ def command_output(*command: str) -> str:
 
 
 def results_folder() -> Path:
-    """Where results of this GPU belong: "NVIDIA H100 80GB HBM3" -> nvidia-h100."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no gpu"
+    """Where results belong: "NVIDIA H100 80GB HBM3" -> nvidia-h100; cpu without a GPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return RESULTS / "-".join(name.lower().split()[:2])
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown")
 
 
 def committed(name: str) -> list[Path]:

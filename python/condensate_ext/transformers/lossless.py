@@ -8,6 +8,7 @@ several tokens rounds.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,8 @@ class Lossless:
             raise ValueError(
                 "return_dict_in_generate is True, but Lossless returns tokens alone; leave it out."
             )
-        cache = _cache_of(input_ids, model_kwargs)
+        name, cache = _cache_of(input_ids, model_kwargs)
+        read = functools.partial(model, **{name: cache})
         self.acceptance = Acceptance()
         draw = _Draw(logits_processor, generation_config.do_sample)
         turn = _Turn(self.drafter)
@@ -87,38 +89,36 @@ class Lossless:
             tokens = input_ids
             turn.dense = True
             held = int(cache.get_seq_length())
-            logits = model(input_ids=tokens[:, held:], cache=cache, logits_to_keep=1).logits
+            logits = read(input_ids=tokens[:, held:], logits_to_keep=1).logits
             tokens = torch.cat([tokens, draw.token(tokens, logits[:, -1])[0]], 1)
             length = min(4, self.draft_tokens)
             while not _stops(stopping_criteria, tokens):
                 room = generation_config.max_length - tokens.shape[1]
                 turn.dense = False
-                drafts = self._draft(model, cache, tokens, draw, min(length, max(room, 1)))
+                drafts = self._draft(read, tokens, draw, min(length, max(room, 1)))
                 cache.crop(-len(drafts))
                 turn.dense = True
-                tokens, kept = self._verify(
-                    model, cache, tokens, drafts, draw, stopping_criteria
-                )
+                tokens, kept = self._verify(read, tokens, drafts, draw, stopping_criteria)
+                cache.crop(-(len(drafts) - kept))
                 full = kept == len(drafts)
                 length = min(length + 2, self.draft_tokens) if full else max(kept, 1)
         return tokens
 
     @staticmethod
     def _draft(
-        model: Any, cache: Any, tokens: Tensor, draw: _Draw, count: int
+        read: Any, tokens: Tensor, draw: _Draw, count: int
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Tokens with the distributions that they were drawn from."""
         drafts = []
         for _ in range(count):
-            logits = model(input_ids=tokens[:, -1:], cache=cache).logits[:, -1]
+            logits = read(input_ids=tokens[:, -1:]).logits[:, -1]
             drafts.append(draw.token(tokens, logits))
             tokens = torch.cat([tokens, drafts[-1][0]], 1)
         return drafts
 
     def _verify(
         self,
-        model: Any,
-        cache: Any,
+        read: Any,
         tokens: Tensor,
         drafts: list[tuple[Tensor, Tensor | None]],
         draw: _Draw,
@@ -126,8 +126,8 @@ class Lossless:
     ) -> tuple[Tensor, int]:
         """One dense pass over the last token and the drafts; returns the tokens and how many
         drafts stay."""
-        read = torch.cat([tokens[:, -1:], *(token for token, _ in drafts)], 1)
-        logits = model(input_ids=read, cache=cache).logits
+        tried = torch.cat([tokens[:, -1:], *(token for token, _ in drafts)], 1)
+        logits = read(input_ids=tried).logits
         kept = 0
         for index in range(len(drafts) + 1):
             draft = drafts[index] if index < len(drafts) else None
@@ -136,7 +136,6 @@ class Lossless:
             kept += agreed
             if not agreed or _stops(stopping_criteria, tokens):
                 break
-        cache.crop(-(len(drafts) - kept))
         self.acceptance.rounds += 1
         self.acceptance.drafted += len(drafts)
         self.acceptance.accepted += kept
@@ -198,17 +197,19 @@ def _stops(criteria: Any, tokens: Tensor) -> bool:
     return bool(criteria(tokens, None).all())
 
 
-def _cache_of(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Any:
+def _cache_of(input_ids: Tensor, model_kwargs: dict[str, Any]) -> tuple[str, Any]:
+    """The cache, and the name that this release of transformers has for it."""
     mask = model_kwargs.get("attention_mask")
     if input_ids.shape[0] != 1 or (mask is not None and not bool(mask.all())):
         raise ValueError(
             f"input_ids has shape {list(input_ids.shape)}, but Lossless takes one row without "
             "padding, as rows accept different numbers of drafts; generate row by row."
         )
-    cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
+    name = "cache" if "cache" in model_kwargs else "past_key_values"
+    cache = model_kwargs.get(name)
     if cache is None or not all(getattr(layer, "is_croppable", False) for layer in cache.layers):
         raise ValueError(
             f"the cache is {type(cache).__name__}, but Lossless needs one whose layers can be "
             "cropped, such as DynamicCache of a model with full attention."
         )
-    return cache
+    return name, cache
