@@ -229,7 +229,8 @@ __device__ void add_pools(HeadSums<kDim, kHeadTiles>& sums, const AttendSmem& sm
             const int head = 8 * n + lane / 4;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float far = exists[i] && head < group ? smem.far_weight[entry[i]][head] : 0.0f;
+                const float far =
+                    exists[i] && head < group ? smem.far_weight[entry[i]][head] : 0.0f;
                 // A pool that weighs nothing is no term, whatever its values are.
                 weight[i] = far == 0.0f ? 0.0f : scale[i] * far;
             }
