@@ -12,3 +12,4 @@ target_link_libraries(condensate_tests PRIVATE
   $<$<BOOL:${CONDENSATE_WITH_CUDA}>:CUDA::cudart_static>)
 include(GoogleTest)
 gtest_discover_tests(condensate_tests DISCOVERY_TIMEOUT 60)
+include(CondensateEmulate)

@@ -181,7 +181,7 @@ def test_out_is_written_whatever_its_strides(device, dtype):
     cache = small_cache(device, dtype=dtype)
     expected = ops.attention_with_kvcache(*cache.tensors, **cache.args)
     b, h, n, d = cache.query.shape
-    buffer = torch.full((b, n, h + 1, d + 8), 7.0, dtype=dtype, device=device)
+    buffer = cache.query.new_full((b, n, h + 1, d + 8), 7.0)
     out = buffer[:, :, :h, :d].transpose(1, 2)
     result, lse = ops.attention_with_kvcache(*cache.tensors, **cache.args, out=out, return_lse=True)
     assert result is out and torch.equal(out, expected) and lse.shape == (b, h, n)
@@ -193,7 +193,7 @@ def test_strided_queries(device, dtype):
     cache = small_cache(device, dtype=dtype)
     expected = run_all(cache)
     b, h, n, d = cache.query.shape
-    buffer = torch.full((b, n, h + 1, d + 8), torch.nan, dtype=dtype, device=device)
+    buffer = cache.query.new_full((b, n, h + 1, d + 8), torch.nan)
     query = buffer[:, :, :h, :d].transpose(1, 2)
     query.copy_(cache.query)
     actual = run_all(replace(cache, query=query))

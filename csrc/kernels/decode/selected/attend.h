@@ -228,9 +228,12 @@ __device__ void add_pools(HeadSums<kDim, kHeadTiles>& sums, const AttendSmem& sm
             float weight[4];
             const int head = 8 * n + lane / 4;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                weight[i] =
-                    exists[i] && head < group ? scale[i] * smem.far_weight[entry[i]][head] : 0.0f;
+            for (int i = 0; i < 4; ++i) {
+                const float far =
+                    exists[i] && head < group ? smem.far_weight[entry[i]][head] : 0.0f;
+                // A pool that weighs nothing is no term, whatever its values are.
+                weight[i] = far == 0.0f ? 0.0f : scale[i] * far;
+            }
             weights[n][0] = pack_weights(weight[0], weight[1], T{});
             weights[n][1] = pack_weights(weight[2], weight[3], T{});
         }
