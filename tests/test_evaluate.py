@@ -64,7 +64,7 @@ def tail_logits(model, ids, prefill_policy, tail_policy):
         (ids[:, -DECODED - 1 : -1], tail_policy),
     ):
         with runs.attended(model, policy):
-            logits = runs._feed(model, part, cache).logits
+            logits = runs.feed(model, part, cache).logits
     return logits
 
 
