@@ -8,9 +8,8 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from bench import generation, report  # noqa: E402
-
-from tests.testkit import tiny_lm  # noqa: E402
+from bench import generation, report
+from tests.testkit import tiny_lm
 
 
 @pytest.fixture

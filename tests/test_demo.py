@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from condensate_ext import captured, cli, demo
+from condensate_ext import captured, cli
+from condensate_ext.commands import demo
 
 
 def hide_module(monkeypatch, name):
@@ -14,7 +15,7 @@ def hide_module(monkeypatch, name):
 
     def refuse(module, *args, **kwargs):
         if module.split(".")[0] == name:
-            raise ImportError(f"no {name} here")
+            raise ImportError(f"no {name} here", name=name)
         return original(module, *args, **kwargs)
 
     for module in [m for m in sys.modules if m.split(".")[0] == name]:
@@ -56,10 +57,12 @@ def test_missing_matplotlib_is_said(monkeypatch, tmp_path):
     assert "pip install matplotlib" in said
 
 
-def test_missing_rich_is_said(monkeypatch, capsys):
-    hide_module(monkeypatch, "rich")
-    assert demo.main([]) == 1
-    assert "pip install rich" in capsys.readouterr().out
+def test_missing_typer_is_said(monkeypatch, capsys):
+    for module in [m for m in sys.modules if m.startswith("condensate_ext.commands")]:
+        monkeypatch.delitem(sys.modules, module)
+    hide_module(monkeypatch, "typer")
+    assert cli.main(["demo"]) == 1
+    assert "pip install typer" in capsys.readouterr().out
 
 
 def test_dense_attention_aligns_queries_to_the_last_keys():

@@ -18,7 +18,7 @@ from condensate_ext.evaluate import (  # noqa: E402
     survival,
 )
 from condensate_ext.evaluate.language import Fidelity  # noqa: E402
-from condensate_ext.hf import condensed_attention  # noqa: E402
+from condensate_ext.transformers import condensed_attention  # noqa: E402
 
 from tests.testkit import tiny_lm  # noqa: E402
 
@@ -64,7 +64,7 @@ def tail_logits(model, ids, prefill_policy, tail_policy):
         (ids[:, -DECODED - 1 : -1], tail_policy),
     ):
         with runs.attended(model, policy):
-            logits = runs._feed(model, part, cache).logits
+            logits = runs.feed(model, part, cache).logits
     return logits
 
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("rich")
 
-from condensate_ext import cli
-from condensate_ext.evaluate import Answer, command, policies, protocols, report, subject
+from condensate_ext import cli  # noqa: E402
+from condensate_ext.evaluate import Answer, evaluation, policies, protocols, report, subject  # noqa: E402
 
-from bench import fidelity
-from tests.testkit import tiny_lm
-from tools import readme_table
+from bench import fidelity  # noqa: E402
+from tests.testkit import tiny_lm  # noqa: E402
+from tools import readme_table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +40,7 @@ def arguments(folder, *more):
 
 def small(folder, output, *more):
     return [
+        "evaluate",
         *arguments(folder, "--context", str(CONTEXT), "--documents", "2", "--output", str(output)),
         "--decode-tokens", "6", "--needles", "2", "--new-tokens", "6", "--batch", "2", *more,
     ]  # fmt: skip
@@ -51,7 +52,7 @@ def evaluated(one_thread, folder, tmp_path_factory):
     pytest.importorskip("matplotlib")
     output = tmp_path_factory.mktemp("evaluation")
     more = ("--budgets", "384", "640", "--no-far-field")
-    assert cli.main(["evaluate", *small(folder, output, *more)]) == 0
+    assert cli.main(small(folder, output, *more)) == 0
     return output, json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
 
 
@@ -69,7 +70,7 @@ def test_every_protocol_has_a_record_a_policy(evaluated):
         for case in [*first, *both]
     ]  # fmt: skip
     assert document["settings"]["context"] == CONTEXT
-    assert set(document["seconds"]) == set(command.PROTOCOLS)
+    assert set(document["seconds"]) == set(evaluation.PROTOCOLS)
     assert all(r["far_field"] in (False, None) for r in document["records"])
 
 
@@ -128,9 +129,19 @@ def test_pictures_are_drawn(evaluated):
 def test_one_json_file_and_no_picture(folder, tmp_path, capsys):
     path = tmp_path / "deep" / "x.json"
     more = ("--budgets", "384", "--selectors", "exact", "--protocols", "prefill")
-    assert command.main(small(folder, path, *more)) == 0
+    assert cli.main(small(folder, path, *more)) == 0
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
     assert "prefill through the policy" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails where weights are read."""
+
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", read)
 
 
 @pytest.mark.parametrize(
@@ -142,23 +153,58 @@ def test_one_json_file_and_no_picture(folder, tmp_path, capsys):
         (["--decode-tokens", "600"], r"--decode-tokens 600 leaves nothing of --context 600"),
         (["--model", "nowhere"], r"--model nowhere has no config.json: give a folder"),
         (["--text", "nowhere"], r"--text nowhere is no file"),
+        (["--budgets", "300"], r"budget: 300 keys do not hold .* use at least 320"),
+        (["--protocols", "decode", "needle"], r"--protocols needle is none: use .*needles"),
+        (["--selectors", "quests"], r'model \(llama\): attention: selector is "quests"'),
+        (["--top-p", "2"], r"model \(llama\): attention: top_p is 2"),
+        (["--dtype", "int8"], r"--dtype int8 is none: use float32"),
     ],
 )
-def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, more, said):
-    assert command.main(small(folder, tmp_path, *more)) == 2
+def test_what_cannot_be_done_is_said(folder, tmp_path, capsys, request, more, said):
+    if more != ["--context", "4096"]:  # that the text is short is known after it is tokenised
+        request.getfixturevalue("no_weights")
+    assert cli.main(small(folder, tmp_path, *more)) == 2
     assert re.search(said, capsys.readouterr().err)
 
 
 def test_counts_are_at_least_one(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command.main(small(folder, tmp_path, "--documents", "0"))
+    assert cli.main(small(folder, tmp_path, "--documents", "0")) == 2
     assert "--documents is 0: it must be at least 1" in capsys.readouterr().err
 
 
 def test_a_window_fewer_than_asked_is_said(folder, tmp_path, capsys):
     more = ("--documents", "7", "--budgets", "640", "--protocols", "prefill")
-    assert command.main(small(folder, tmp_path / "x.json", *more)) == 0
+    assert cli.main(small(folder, tmp_path / "x.json", *more)) == 0
     assert "2 texts (--text has no 7)" in capsys.readouterr().out
+
+
+def test_an_interrupt_leaves_what_was_measured(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(protocols, "decode", interrupted)
+    more = ("--budgets", "640", "--protocols", "prefill", "decode", "needles")
+    assert cli.main(small(folder, tmp_path, *more)) == 130
+    said = capsys.readouterr()
+    assert "interrupted; 1 of 3 protocols were measured" in said.err
+    assert "prefill through the policy" in said.out
+    document = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert {r["protocol"] for r in document["records"]} == {"prefill"}
+
+
+def test_tables_fit_100_columns_and_progress_is_told(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(small(folder, tmp_path / "x.json", "--budgets", "384", "--top-p", "0.9")) == 0
+    said = capsys.readouterr()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said.out
+    tables = said.out.partition("records:")[0]
+    assert max(map(len, tables.splitlines())) <= 100
+    words = tables.split()
+    for _, _, columns in report.TABLES.values():
+        assert {word for _, heading, _ in columns for word in heading.split()} <= set(words)
+    assert {"block,", "0.9", "unfused", "48"} <= set(words)
+    for name in evaluation.PROTOCOLS:
+        assert f"evaluate: {name} 100 %" in said.err
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +215,7 @@ def loaded(folder):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("protocol", command.PROTOCOLS)
+@pytest.mark.parametrize("protocol", evaluation.PROTOCOLS)
 def test_progress_adds_up_to_one(loaded, protocol):
     chosen = [policies.policy("block", keys) for keys in (384, 640)]
     shares = []

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from condensate_ext.hf import condensed_attention
 from condensate_ext.model_files import load_causal_lm
+from condensate_ext.transformers import condensed_attention
 
 from tools import published_model as tool
 

@@ -1,45 +1,41 @@
-"""The command line: ``python -m condensate_ext <command>``, also installed as ``condensate``."""
+"""The command line: ``condensate <command>``, also ``python -m condensate_ext <command>``."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-
-def _doctor(arguments: list[str]) -> int:
-    from condensate_ext import doctor
-
-    return doctor.main(arguments)
+# Options that take several values after one name, as in --budgets 1024 2048.
+_SEVERAL = ("--budgets", "--selectors", "--protocols", "--lengths", "--keys", "--tasks")
 
 
-def _demo(arguments: list[str]) -> int:
-    # The demo parses its own arguments, and needs packages that the library does not.
-    from condensate_ext import demo
-
-    return demo.main(arguments)
-
-
-def _evaluate(arguments: list[str]) -> int:
-    from condensate_ext.evaluate import command
-
-    return command.main(arguments)
-
-
-COMMANDS = {
-    "doctor": (_doctor, "show versions, devices and what is missing, and check that it works"),
-    "demo": (_demo, "show on a real model what is attended and what that saves"),
-    "evaluate": (_evaluate, "compare a language model with itself under dense attention"),
-}
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """Repeats the name of such an option before each of its values, as typer takes them."""
+    spread: list[str] = []
+    name = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument if argument in _SEVERAL else None
+            if name is None:
+                spread.append(argument)
+        elif name is not None:
+            spread += [name, argument]
+        else:
+            spread.append(argument)
+    return spread
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status."""
-    parser = argparse.ArgumentParser(prog="condensate", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, help_text) in COMMANDS.items():
-        # Each command parses the rest itself, --help included.
-        commands.add_parser(name, help=help_text, add_help=False)
-    arguments, rest = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    run, _ = COMMANDS[arguments.command]
-    return run(rest)
+    """Runs one command and returns its exit status: 0, 1 for a failure, 2 for wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        from condensate_ext.commands.app import app
+    except ImportError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"condensate needs {error.name} ({error}): `pip install {error.name}` adds it.")
+        return 1
+    try:
+        return int(app()(_spread(arguments), prog_name="condensate") or 0)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 1

@@ -10,8 +10,8 @@ from torch import Tensor
 from condensate_ext.evaluate.policies import Policy, effective
 from condensate_ext.evaluate.runs import decode_logits, prefill
 from condensate_ext.evaluate.support import lists
-from condensate_ext.hf import replaced_attention
 from condensate_ext.ops import attention
+from condensate_ext.transformers import replaced_attention
 
 _BLOCK = 64
 

@@ -21,9 +21,9 @@ from condensate_ext.diagnostics import last_plan
 from condensate_ext.evaluate.policies import Policy, condenses
 from condensate_ext.evaluate.runs import Advance, silent
 from condensate_ext.evaluate.support import attended_lse
-from condensate_ext.hf import replaced_attention
 from condensate_ext.ops import attention_forward
 from condensate_ext.states import omitted_mass
+from condensate_ext.transformers import replaced_attention
 
 AUDITED_ROWS = 256  # a document
 AUDITED_STEPS = 24  # a document; each takes calls of its own

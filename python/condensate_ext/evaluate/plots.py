@@ -23,6 +23,7 @@ _PANELS = (
     ("decode", "kl", "decode: KL, nats"),
     ("decode", "top1", "decode: top-1 agreement"),
     ("decode", "dppl_percent", "decode: perplexity change, %"),
+    ("prefill", "kl", "behind a sparse prefill: KL, nats"),
     ("needles", "needle_all", "needles: whole answer right"),
     ("survival", "survived", "continuations that survive"),
     ("omitted", "omitted_mean", "mean omitted mass"),
@@ -38,9 +39,14 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def quality(records: Sequence[Record], path: Path) -> None:
-    """Each measured quantity over the budget, a line a selector; dense attention dashed."""
+def quality(records: Sequence[Record], path: Path) -> bool:
+    """Each measured quantity over the budget, a line a selector; dense attention dashed.
+
+    Returns whether there was anything to draw.
+    """
     panels = [p for p in _PANELS if any(r["protocol"] == p[0] for r in records)]
+    if not panels:
+        return False
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = _figure(4.2 * columns, 3.2 * rows)
@@ -63,6 +69,7 @@ def quality(records: Sequence[Record], path: Path) -> None:
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
+    return True
 
 
 def omitted_mass(audits: Sequence[Audit], policies: Sequence[Policy], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from condensate_ext._tables import make_table
 from condensate_ext.evaluate.protocols import Record
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ _LANGUAGE: tuple[Column, ...] = (
     ("kl", "KL, nats", _number),
     ("top1", "top-1", _percent),
     ("dppl_percent", "perplexity", _change),
-    ("dppl_percent_median", "median document", _change),
-    ("dppl_percent_worst", "worst document", _change),
+    ("dppl_percent_low", "95 %: from", _change),
+    ("dppl_percent_high", "to", _change),
+    ("dppl_percent_median", "median text", _change),
+    ("dppl_percent_worst", "worst text", _change),
 )
 _SURVIVAL: tuple[Column, ...] = (
     ("identical_tokens", "identical tokens, mean", _tokens),
@@ -75,22 +78,23 @@ def tables(records: Sequence[Record]) -> list[Table]:
     return [_table(name, records) for name in dict.fromkeys(r["protocol"] for r in records)]
 
 
-def _table(protocol: str, records: Sequence[Record]) -> Table:
-    from rich.table import Table
-
+def cells(protocol: str, records: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings and rows of a protocol's table, as text."""
     # "greedy, float32" and its like are continuations too.
     title, sampled, columns = TABLES.get(protocol, (protocol, "tokens", _SURVIVAL))
-    table = Table(title=title)
-    table.add_column("attention")
-    for heading in ("keys", *(heading for _, heading, _ in columns), "documents", sampled):
-        table.add_column(heading, justify="right")
+    headings = [heading for _, heading, _ in columns]
+    rows = []
     for r in records:
         if r["protocol"] == protocol:
-            values = ["-" if r[field] is None else show(r[field]) for field, _, show in columns]
-            table.add_row(
-                variant_name(r), keys_of(r), *values, str(r["documents"]), str(r["tokens"])
-            )
-    return table
+            values = (r.get(field) for field, _, _ in columns)
+            shown = ["-" if v is None else c[2](v) for v, c in zip(values, columns, strict=True)]
+            sample = f"{r['tokens']} in {r['documents']}"
+            rows.append([variant_name(r), keys_of(r), *shown, sample])
+    return title, ["attention", "keys", *headings, f"{sampled} in texts"], rows
+
+
+def _table(protocol: str, records: Sequence[Record]) -> Table:
+    return make_table(*cells(protocol, records))
 
 
 def keys_of(r: Record) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from condensate_ext.evaluate.control import unfused_attention
 from condensate_ext.evaluate.policies import Variant
-from condensate_ext.hf import condensed_attention, replaced_attention
+from condensate_ext.transformers import condensed_attention, replaced_attention
 
 Advance = Callable[[float], None]  # called with the share of its work that a function has done
 
@@ -44,13 +44,13 @@ def _cache_keyword(module: Any) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def _feed(module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
+def feed(module: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
     """One forward pass; ``cache`` takes the keys and values of ``ids``."""
     options[_cache_keyword(module)] = cache
     return module(input_ids=ids, use_cache=True, **options)
 
 
-def _new_cache(model: Any) -> Any:
+def new_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
@@ -59,16 +59,16 @@ def _new_cache(model: Any) -> Any:
 @torch.no_grad()
 def prefill(model: Any, ids: Tensor, variant: Variant = None) -> Any:
     """Fills a fresh cache with ``ids`` and returns it; no logits are computed."""
-    cache = _new_cache(model)
+    cache = new_cache(model)
     with attended(model, variant):
-        _feed(model.base_model, ids, cache)
+        feed(model.base_model, ids, cache)
     return cache
 
 
 @torch.no_grad()
 def logits_behind(model: Any, cache: Any, ids: Tensor) -> Tensor:
     """Logits ``[B, n, vocab]`` of ``ids``, fed in one dense pass; the cache stays as it was."""
-    logits: Tensor = _feed(model, ids, cache).logits
+    logits: Tensor = feed(model, ids, cache).logits
     cache.crop(-ids.shape[1])
     return logits
 
@@ -81,7 +81,7 @@ def decode_logits(
     rows = []
     with attended(model, variant):
         for token in ids.split(1, dim=1):
-            rows.append(_feed(model, token, cache).logits[:, -1])
+            rows.append(feed(model, token, cache).logits[:, -1])
             advance(1 / ids.shape[1])
     cache.crop(-ids.shape[1])
     return torch.stack(rows, 1)
@@ -112,14 +112,14 @@ def greedy_tokens(
     Returns:
         ``[B, new_tokens]`` int64.
     """
-    cache = _new_cache(model) if cache is None else cache
+    cache = new_cache(model) if cache is None else cache
     tokens: list[Tensor] = []
     with attended(model, variant):
         for part in ids.split(prefill_chunk or ids.shape[1], dim=1):
-            output = _feed(model, part, cache, logits_to_keep=1)
+            output = feed(model, part, cache, logits_to_keep=1)
         for _ in range(new_tokens):
             if tokens:
-                output = _feed(model, tokens[-1], cache)
+                output = feed(model, tokens[-1], cache)
             tokens.append(output.logits[:, -1:].argmax(-1))
             advance(1 / new_tokens)
     return torch.cat(tokens, 1)

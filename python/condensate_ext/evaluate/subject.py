@@ -44,8 +44,9 @@ def default_dtype(device: str) -> str:
     return "bfloat16" if torch.device(device).type == "cuda" else "float32"
 
 
-def _context(wanted: int | None, model: Any, device: str) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_of(wanted: int | None, config: Any, device: str) -> int:
+    """Tokens to evaluate at, by a model's configuration; raises ValueError for too many."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if wanted is None:
         usual = _GPU_CONTEXT if torch.device(device).type == "cuda" else _CPU_CONTEXT
         return min(usual, limit or usual)
@@ -78,6 +79,6 @@ def load(
         raise ValueError(f"--text {text} is no file: give a text, documents separated by NUL.")
     tokenizer, loaded = load_causal_lm(model, getattr(torch, dtype))
     loaded = loaded.to(device)
-    tokens = _context(context, loaded, device)
+    tokens = context_of(context, loaded.config, device)
     windows = read_windows(text, tokenizer, tokens + 1, documents)
     return Subject(loaded, tokenizer, windows, tokens, batch)

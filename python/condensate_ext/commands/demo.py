@@ -1,4 +1,4 @@
-"""``python -m condensate_ext demo``: what is attended, what is left out, and what that saves.
+"""``condensate demo``: what is attended, what is left out, and what that saves.
 
 Without arguments it takes a captured layer of a trained model that ships with the package: no
 network, no GPU. With --model it runs a Hugging Face causal LM through the op and compares it with
@@ -7,23 +7,24 @@ itself under dense attention.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from condensate_ext import captured
-from condensate_ext._selectors import SELECTORS
+from condensate_ext._tables import make_table
 from condensate_ext.captured import CapturedLayer
+from condensate_ext.commands import console
+from condensate_ext.commands.options import DEVICE, DTYPE, check_dtype
 from condensate_ext.evaluate.policies import ANCHORS, WINDOW, policy
 from condensate_ext.ops import (
     attention,
@@ -103,14 +104,13 @@ def keys_per_query(layer: CapturedLayer, selector: str, keys: int) -> float:
 
 def layer_table(layer: CapturedLayer) -> Table:
     """Dense attention and every case on the captured layer."""
-    from rich.table import Table
-
     device, queries, keys = layer.query.device, layer.query.shape[2], layer.key.shape[2]
-    table = Table(
-        title=f"{layer.model}, layer {layer.layer}: the last {queries} of {keys} tokens, "
+    title = (
+        f"{layer.model}, layer {layer.layer}: the last {queries} of {keys} tokens, "
         f"{str(layer.query.dtype).removeprefix('torch.')} on {device.type}"
     )
-    columns = (
+    headings = (
+        "attention",
         "keys per query",
         "ms",
         "speed-up",
@@ -119,13 +119,10 @@ def layer_table(layer: CapturedLayer) -> Table:
         "error",
         "with far field",
     )
-    table.add_column("attention")
-    for column in columns:
-        table.add_column(column, justify="right")
     dense = dense_attention(layer.query, layer.key, layer.value)
     dense_ms = milliseconds(lambda: dense_attention(layer.query, layer.key, layer.value), device)
     visible = keys - (queries - 1) / 2
-    table.add_row("dense (torch)", f"{visible:.0f}", f"{dense_ms:.1f}", "1.0x", "0", "0", "0", "0")
+    rows = [["dense (torch)", f"{visible:.0f}", f"{dense_ms:.1f}", "1.0x", "0", "0", "0", "0"]]
     for selector, budget in LAYER_CASES:
         arguments = (layer.query, layer.key, layer.value)
         options = policy(selector, budget)
@@ -133,17 +130,19 @@ def layer_table(layer: CapturedLayer) -> Table:
         audited = omitted_mass(layer.query, layer.key, lse)
         condensed = None if selector == "exact" else attention(*arguments, **options)
         ms = milliseconds(lambda o=options, a=arguments: attention(*a, **o), device)  # type: ignore[misc]
-        table.add_row(
-            selector,
-            f"{keys_per_query(layer, selector, budget):.0f}",
-            f"{ms:.1f}",
-            f"{dense_ms / ms:.1f}x",
-            f"{estimate.mean().item():.3f}",
-            f"{audited.mean().item():.3f}",
-            f"{relative_error(out, dense):.3f}",
-            "-" if condensed is None else f"{relative_error(condensed, dense):.3f}",
+        rows.append(
+            [
+                selector,
+                f"{keys_per_query(layer, selector, budget):.0f}",
+                f"{ms:.1f}",
+                f"{dense_ms / ms:.1f}x",
+                f"{estimate.mean().item():.3f}",
+                f"{audited.mean().item():.3f}",
+                f"{relative_error(out, dense):.3f}",
+                "-" if condensed is None else f"{relative_error(condensed, dense):.3f}",
+            ]
         )
-    return table
+    return make_table(title, headings, rows)
 
 
 def best_dense_ms(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, str]:
@@ -165,14 +164,11 @@ def best_dense_ms(query: Tensor, key: Tensor, value: Tensor) -> tuple[float, str
 
 def long_table(device: torch.device) -> Table:
     """Time at lengths that the captured layer does not have, on random normal numbers."""
-    from rich.table import Table
-
-    table = Table(
-        title=f"prefill of random normal numbers: {GPU_HEADS} query and {GPU_KV_HEADS} KV heads, "
+    title = (
+        f"prefill of random normal numbers: {GPU_HEADS} query and {GPU_KV_HEADS} KV heads, "
         f"head_dim {GPU_HEAD_DIM}, bfloat16, {GPU_KEYS} keys per query, selection included"
     )
-    for column in ("tokens", "condensate ms", "best dense ms", "speed-up"):
-        table.add_column(column, justify="right")
+    rows = []
     for length in GPU_LENGTHS:
         query, key, value = (
             torch.randn(1, heads, length, GPU_HEAD_DIM, device=device, dtype=torch.bfloat16)
@@ -182,8 +178,8 @@ def long_table(device: torch.device) -> Table:
         call = lambda q=query, k=key, v=value: attention(q, k, v, **options)  # noqa: E731, B023
         ours = milliseconds(call, device)
         dense, name = best_dense_ms(query, key, value)
-        table.add_row(str(length), f"{ours:.2f}", f"{dense:.2f} ({name})", f"{dense / ours:.1f}x")
-    return table
+        rows.append([str(length), f"{ours:.2f}", f"{dense:.2f} ({name})", f"{dense / ours:.1f}x"])
+    return make_table(title, ("tokens", "condensate ms", "best dense ms", "speed-up"), rows)
 
 
 def draw_support(layer: CapturedLayer, path: Path) -> str:
@@ -201,19 +197,18 @@ def draw_support(layer: CapturedLayer, path: Path) -> str:
     return f"The support of one head with {DRAWN_KEYS} keys per query: {path}"
 
 
-def run_layer(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    console = Console(width=max(100, Console().width))
+def run_layer(device_name: str, png: Path) -> int:
+    """The shipped layer: a table and a picture."""
+    shown = console.console()
     shipped = captured.load()
-    device = torch.device(options.device)
+    device = torch.device(device_name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.no_grad():
         query, key, value = (
             t.to(device, dtype) for t in (shipped.query, shipped.key, shipped.value)
         )
-        console.print(layer_table(replace(shipped, query=query, key=key, value=value)))
-        console.print(
+        shown.print(layer_table(replace(shipped, query=query, key=key, value=value)))
+        shown.print(
             "ms: the default, with far field where there is one.\n"
             "omitted: softmax mass outside the attended keys, as the selection estimates it and as "
             "scoring every key measures it.\n"
@@ -223,38 +218,55 @@ def run_layer(options: argparse.Namespace) -> int:
             "text."
         )
         if device.type == "cuda":
-            console.print(long_table(device))
-        console.print(draw_support(shipped, options.png))
+            shown.print(long_table(device))
+        console.say(shown, draw_support(shipped, png))
     return 0
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="condensate demo", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--png", type=Path, default=Path("condensate_support.png"))
-    model = parser.add_argument_group("a language model")
-    model.add_argument("--model", type=Path, help="folder of a Hugging Face causal LM")
-    model.add_argument("--text", type=Path, help="text file; default: sources of Python's library")
-    model.add_argument("--context", type=int, help="tokens; default: 4096, on a GPU 32768")
-    model.add_argument("--keys", type=int, nargs="+", default=[1024, 2048], help="keys per query")
-    model.add_argument("--selector", default="block", choices=SELECTORS)
-    model.add_argument("--dtype", default=None, choices=("float32", "bfloat16", "float16"))
-    model.add_argument("--decode", type=int, help="tokens compared one query at a time")
-    model.add_argument("--new-tokens", type=int, default=64, help="tokens generated greedily")
-    model.add_argument("--needles", type=int, default=0, help="retrieval questions to ask")
-    return parser.parse_args(arguments)
+def command(
+    device: DEVICE = None,
+    png: Annotated[Path, typer.Option(help="Where the picture is drawn.")] = Path(
+        "condensate_support.png"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face causal LM, instead of the layer.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Its text. Default: sources of Python's library.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens. Default: 4096, on a GPU 32768.")
+    ] = None,
+    keys: Annotated[list[int], typer.Option(help="Keys per query.")] = [1024, 2048],  # noqa: B006
+    selector: Annotated[str, typer.Option(help="How keys are selected.")] = "block",
+    dtype: DTYPE = None,
+    decode: Annotated[
+        int | None, typer.Option(help="Tokens compared one query at a time.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated greedily.")] = 64,
+    needles: Annotated[int, typer.Option(help="Retrieval questions to ask.")] = 0,
+) -> None:
+    """Shows what is attended.
 
+    On a layer of a trained model, which ships with the package, what is attended, what is
+    left out and what that saves; with --model compares a language model with itself.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model is None:
+        raise typer.Exit(run_layer(device, png))
+    from condensate_ext.commands import demo_model
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the demo and returns its exit status."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
     try:
-        import rich  # noqa: F401
-    except ImportError:
-        print("The demo prints with rich, which is not installed: `pip install rich` adds it.")
-        return 1
-    if options.model is None:
-        return run_layer(options)
-    from condensate_ext import demo_model
-
-    return demo_model.run(options)
+        console.need("demo --model", "transformers")
+        if dtype is not None:
+            check_dtype(dtype)
+        options = demo_model.Options(
+            model, text, device, dtype, context, tuple(keys), selector, decode, new_tokens, needles
+        )
+        status = demo_model.run(options)
+    except ImportError as error:
+        print(error)
+        status = console.FAILED
+    except (ValueError, NotImplementedError) as error:
+        status = console.refuse("demo", error)
+    raise typer.Exit(status)

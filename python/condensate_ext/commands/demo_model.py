@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from condensate_ext import evaluate
+from condensate_ext._tables import make_table
+from condensate_ext.commands import console
 from condensate_ext.evaluate import Policy, covering, keys_per_query, policy
+from condensate_ext.evaluate.subject import context_of
+from condensate_ext.model_checks import check_model
 from condensate_ext.model_files import load_causal_lm
 
 _NEEDLE_DISTANCE = 24576  # tokens; farther than that small models fail densely too
@@ -29,20 +33,40 @@ def _read_text(path: Path | None) -> str:
     return _default_text() if path is None else path.read_text(encoding="utf-8").split("\0")[0]
 
 
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; None stands for a default that depends on the device."""
+
+    model: Path
+    text: Path | None
+    device: str
+    dtype: str | None
+    context: int | None
+    keys: tuple[int, ...]
+    selector: str
+    decode: int | None
+    new_tokens: int
+    needles: int
+
+
 class _Setup:
     """The model on its device, and as much text as the context holds."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options, policies: list[Policy]) -> None:
         gpu = torch.device(options.device).type == "cuda"
         dtype = options.dtype or ("bfloat16" if gpu else "float32")
-        self.context = options.context or (32768 if gpu else 4096)
+        config = check_model(options.model, [], crops=True)
+        self.context = context_of(options.context, config, options.device)
+        check_model(
+            options.model, policies, tokens=self.context, dtype=getattr(torch, dtype), crops=True
+        )
         self.decode_tokens = options.decode or min(512 if gpu else 256, self.context // 4)
         self.text = _read_text(options.text)[: 16 * self.context]
         self.tokenizer, model = load_causal_lm(options.model, getattr(torch, dtype))
         self.model = model.to(options.device)
         ids = self.tokenizer(self.text, return_tensors="pt", add_special_tokens=False).input_ids
         if ids.shape[1] < self.context + 1:
-            raise SystemExit(
+            raise ValueError(
                 f"--text has {ids.shape[1]} tokens, --context {self.context} needs one more than "
                 f"that: give a longer text or --context {max(ids.shape[1] - 1, 0)}."
             )
@@ -52,34 +76,35 @@ class _Setup:
 
 def _fidelity_table(setup: _Setup, policies: list[Policy]) -> Any:
     """Prefill and decode of the text, each against dense attention."""
-    from rich.table import Table
-
-    table = Table(title=f"{setup.title}: against dense attention")
-    columns = ("tokens compared", "top-1 agreement", "KL, nats", "perplexity, dense", "its change")
-    for column in ("run", "selector", "keys per query"):
-        table.add_column(column)
-    for column in columns:
-        table.add_column(column, justify="right")
-    decoded = [
-        result
-        for (result,) in evaluate.compare_decode(
-            setup.model, setup.ids, policies, setup.decode_tokens
-        )
-    ]
-    prefilled = [evaluate.compare_prefill(setup.model, setup.ids, p) for p in policies]
-    for run, results in (("prefill", prefilled), ("decode", decoded)):
-        for applied, result in zip(policies, results, strict=True):
-            table.add_row(
-                run,
-                applied["selector"],
-                str(keys_per_query(applied)),
-                str(result.tokens),
-                f"{100 * result.top1:.1f} %",
-                f"{result.kl:.4f}",
-                f"{result.ppl_dense:.3f}",
-                f"{result.dppl_percent:+.2f} %",
+    headings = (
+        "run, selector", "keys", "tokens compared", "top-1 agreement", "KL, nats",
+        "perplexity, dense", "its change",
+    )  # fmt: skip
+    with console.progress("demo", ("decode", "prefill")) as begin:
+        decoded = [
+            result
+            for (result,) in evaluate.compare_decode(
+                setup.model, setup.ids, policies, setup.decode_tokens, begin("decode")
             )
-    return table
+        ]
+        advance, prefilled = begin("prefill"), []
+        for p in policies:
+            prefilled.append(evaluate.compare_prefill(setup.model, setup.ids, p))
+            advance(1 / len(policies))
+    rows = [
+        [
+            f"{run}, {applied['selector']}",
+            str(keys_per_query(applied)),
+            str(result.tokens),
+            f"{100 * result.top1:.1f} %",
+            f"{result.kl:.4f}",
+            f"{result.ppl_dense:.3f}",
+            f"{result.dppl_percent:+.2f} %",
+        ]
+        for run, results in (("prefill", prefilled), ("decode", decoded))
+        for applied, result in zip(policies, results, strict=True)
+    ]
+    return make_table(f"{setup.title}: against dense attention", headings, rows)
 
 
 def _needle_lines(setup: _Setup, policies: list[Policy], count: int) -> list[str]:
@@ -118,21 +143,20 @@ def _generation_lines(setup: _Setup, policies: list[Policy], new_tokens: int) ->
     return ["Greedy continuation, tokens identical to dense before the first difference:", *lines]
 
 
-def run(options: argparse.Namespace) -> int:
-    """Everything about one model; returns the exit status."""
-    from rich.console import Console
+def run(options: Options) -> int:
+    """Everything about one model; returns the exit status.
 
-    console = Console(width=max(110, Console().width))
-    try:
-        setup = _Setup(options)
-    except ImportError as error:
-        console.print(f"--model needs transformers ({error}): `pip install transformers` adds it.")
-        return 1
+    Raises:
+        ValueError: the model, a policy, the context or the text does not do.
+    """
     policies = [policy(options.selector, keys) for keys in options.keys]
-    console.print(_fidelity_table(setup, policies))
-    sections = [_generation_lines(setup, policies, options.new_tokens)]
-    if options.needles:
-        sections.append(_needle_lines(setup, policies, options.needles))
-    for lines in sections:
-        console.print("\n".join(lines), markup=False, highlight=False)
+    setup = _Setup(options, policies)
+    shown = console.console()
+    try:
+        shown.print(_fidelity_table(setup, policies))
+        console.say(shown, *_generation_lines(setup, policies, options.new_tokens))
+        if options.needles:
+            console.say(shown, *_needle_lines(setup, policies, options.needles))
+    except KeyboardInterrupt:
+        return console.interrupted("demo", "what was measured is printed above")
     return 0

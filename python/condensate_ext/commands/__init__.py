@@ -1,0 +1,1 @@
+"""The commands of ``condensate``, one a module; each loads what it needs when it runs."""

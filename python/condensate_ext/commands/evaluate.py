@@ -1,0 +1,153 @@
+"""``condensate evaluate``: a language model with condensate attention against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+from condensate_ext._selectors import SELECTORS
+from condensate_ext.commands import console
+from condensate_ext.commands.options import BATCH, DEVICE, DTYPE, MODEL, check_dtype
+from condensate_ext.evaluate import report
+from condensate_ext.evaluate.evaluation import PROTOCOLS, Evaluation, Settings
+from condensate_ext.evaluate.subject import context_of, default_dtype, load
+from condensate_ext.model_checks import check_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_JSON = "evaluation.json"
+
+
+def command(
+    model: MODEL,
+    text: Annotated[Path, typer.Option(help="Text file, documents separated by NUL.")],
+    device: DEVICE = None,
+    dtype: DTYPE = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens. Default: 32768 on a GPU, 4096 on the CPU, if the model has it."),
+    ] = None,
+    documents: Annotated[int, typer.Option(help="Texts: windows of long ones if need be.")] = 4,
+    budgets: Annotated[
+        list[int], typer.Option(help="Keys per query in all: 64 anchors, a window of 256, ...")
+    ] = [1024, 2048],  # noqa: B006
+    selectors: Annotated[
+        list[str], typer.Option(help=f"Of {', '.join(SELECTORS)}.")
+    ] = ["block"],  # noqa: B006
+    protocols: Annotated[
+        list[str], typer.Option(help=f"Some of {', '.join(PROTOCOLS)}.")
+    ] = list(PROTOCOLS),  # noqa: B006
+    far_field: Annotated[
+        bool | None,
+        typer.Option("--far-field/--no-far-field", help="Pooled terms for what is not attended."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Softmax mass at which a list ends. Default: none.")
+    ] = None,
+    decode_tokens: Annotated[int, typer.Option(help="Tokens of decode and prefill.")] = 512,
+    needles: Annotated[int, typer.Option(help="Questions a document.")] = 12,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 128,
+    batch: BATCH = 4,
+    output: Annotated[
+        Path, typer.Option(help=f"Folder for {_JSON} and pictures, or a .json file.")
+    ] = Path("condensate_evaluation"),
+) -> None:
+    """Judges a language model.
+
+    Compares it with itself under dense attention, by the real operators.
+
+    decode: dense prefill of all but the last tokens, then those one query at a time through the
+    policy (KL, top-1, perplexity). prefill: all but the last tokens through the policy, those
+    densely over its cache. needles: statements spread over the prompt, the question at its end,
+    all of it and the answer through the policy. survival: greedy continuations, tokens until they
+    leave the dense one. omitted, steps: softmax mass left out, audited and estimated, in prefill
+    and in decoding steps. Beside every figure stands dense attention, by another kernel where
+    rounding matters.
+
+    Wrong names, budgets and models end with status 2 before weights are read. Results are written
+    after every protocol; Ctrl-C keeps them.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings(
+        model=model, text=text, device=device, dtype=dtype or default_dtype(device),
+        context=context, documents=documents, batch=batch, selectors=tuple(selectors),
+        budgets=tuple(budgets), protocols=tuple(protocols), far_field=far_field, top_p=top_p,
+        decode_tokens=decode_tokens, needles=needles, new_tokens=new_tokens,
+    )  # fmt: skip
+    raise typer.Exit(run(settings, output))
+
+
+def run(settings: Settings, output: Path) -> int:
+    """Evaluates a model and returns the exit status."""
+    try:
+        console.need("evaluate", "transformers")
+    except ImportError as error:
+        print(error)
+        return console.FAILED
+    shown = console.console()
+    try:
+        evaluation = _prepare(settings)
+    except (ValueError, NotImplementedError) as error:
+        return console.refuse("evaluate", error)
+    try:
+        _measure(evaluation, output)
+    except KeyboardInterrupt:
+        _show(evaluation, output, shown)
+        done = f"{len(evaluation.seconds)} of {len(settings.protocols)} protocols were measured"
+        return console.interrupted("evaluate", done)
+    _show(evaluation, output, shown)
+    if json_path(output) != output:
+        console.say(shown, *evaluation.draw(output))
+    return 0
+
+
+def _prepare(settings: Settings) -> Evaluation:
+    """Everything that can be refused is, cheapest first."""
+    settings.check()
+    check_dtype(settings.dtype)
+    policies = settings.policies()
+    if not settings.text.is_file():
+        raise ValueError(f"--text {settings.text} is no file: give a text, documents apart by NUL.")
+    dtype = getattr(torch, settings.dtype)
+    config = check_model(settings.model, [], crops=True)
+    tokens = context_of(settings.context, config, settings.device)
+    settings.check_room(tokens)
+    check_model(settings.model, policies, tokens=tokens, dtype=dtype, crops=True)
+    subject = load(
+        settings.model, settings.text, context=settings.context, documents=settings.documents,
+        batch=settings.batch, dtype=settings.dtype, device=settings.device,
+    )  # fmt: skip
+    return Evaluation(subject, settings)
+
+
+def _measure(evaluation: Evaluation, output: Path) -> None:
+    names = evaluation.settings.protocols
+    with console.progress("evaluate", names) as begin:
+        for name in names:
+            evaluation.run(name, begin(name))
+            # Whatever ends a long run early, what it has measured stays.
+            console.write_json(json_path(output), evaluation.document())
+
+
+def json_path(output: Path) -> Path:
+    return output if output.suffix == ".json" else output / _JSON
+
+
+def _show(evaluation: Evaluation, output: Path, shown: Console) -> None:
+    """Tables, and where the records are."""
+    settings, subject = evaluation.settings, evaluation.subject
+    texts = len(subject.windows)
+    fewer = "" if texts == settings.documents else f" (--text has no {settings.documents})"
+    console.say(
+        shown,
+        f"{settings.model.name}, {subject.context} tokens, {texts} texts{fewer}, "
+        f"{settings.dtype} on {settings.device}: against dense attention",
+    )
+    for table in report.tables(evaluation.records):
+        shown.print(table)
+    if evaluation.records:
+        console.say(shown, f"records: {json_path(output)}")
