@@ -85,7 +85,9 @@ def test_decode_of_a_batch_is_that_of_its_documents(model, ids):
     together = evaluate.compare_decode(model, ids, [SMALL], DECODED)[0]
     alone = [evaluate.compare_decode(model, row[None], [SMALL], DECODED)[0][0] for row in ids]
     for a, b in zip(together, alone, strict=True):
-        assert (a.kl, a.nll) == pytest.approx((b.kl, b.nll), rel=1e-3)
+        # A KL is a difference of logarithms: below 1e-7 float32 logits tell nothing.
+        assert a.kl == pytest.approx(b.kl, rel=1e-3, abs=1e-7)
+        assert a.nll == pytest.approx(b.nll, rel=1e-3)
 
 
 @pytest.mark.parametrize("compare", [evaluate.compare_decode, evaluate.compare_cache])

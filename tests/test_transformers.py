@@ -418,7 +418,7 @@ def test_policies_are_checked_before_anything_runs(model):
     for wrong, message in (
         ({"topk": 100}, "topk is 100, expected a multiple of 64"),
         ({"window": -1}, "window is -1"),
-        ({"selector": "blocks"}, "selector is 'blocks'"),
+        ({"selector": "blocks"}, "selector is \"blocks\""),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"shortlist": 64, "topk": 128}, "shortlist is 64, expected at least topk"),
         ({"selector": "exact", "far_field": True}, "far_field is True"),

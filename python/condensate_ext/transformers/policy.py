@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from condensate_ext._defaults import ANCHORS, CACHE_TOPK, SHORTLIST, TOPK, WINDOW
-from condensate_ext._selectors import Selector
+from condensate_ext._selectors import Selector, selector_number
 
 _UNIT = 8
 
@@ -55,8 +55,7 @@ class Policy:
                     f"shortlist is {self.shortlist}, expected at least topk "
                     f"({self.decode_topk}); raise it or lower topk."
                 )
-        if self.selector not in (allowed := ("block", "quest", "mean", "exact")):
-            raise ValueError(f"selector is {self.selector!r}, expected one of {allowed}.")
+        selector_number("policy", self.selector)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1], or None.")
         if self.far_field and self.selector == "exact":
@@ -123,4 +122,8 @@ class Policy:
 def _count(name: str, value: Any, multiple: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0 or value % multiple:
         wanted = "a count of keys" if multiple == 1 else f"a multiple of {multiple}"
-        raise ValueError(f"{name} is {value!r}, expected {wanted}, 0 or more.")
+        fix = "pass such a number"
+        if isinstance(value, int) and value > 0:
+            below = value // multiple * multiple
+            fix = f"pass {below} or {below + multiple}"
+        raise ValueError(f"{name} is {value!r}, expected {wanted}, 0 or more; {fix}.")
