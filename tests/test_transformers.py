@@ -264,6 +264,24 @@ def test_a_cache_goes_from_dense_to_condensed_and_back(model, ids):
     torch.testing.assert_close(ours, logits(model, ids)[:, 301:310], **CLOSE)
 
 
+@torch.no_grad()
+def test_layers_of_other_kinds_stay_what_they_are(model, ids):
+    class Rounded(transformers.cache_utils.DynamicLayer):
+        """Gives back other tensors than it holds, as quantized layers do."""
+
+        def update(self, *states, **kwargs):
+            return tuple(x.half().float() for x in super().update(*states, **kwargs))
+
+    outs = []
+    for policy in (None, COVERING):
+        cache = transformers.DynamicCache(config=model.config)
+        cache.layers = [Rounded() for _ in cache.layers]
+        logits(model, ids[:, :390], policy, cache=cache)
+        outs.append(logits(model, ids[:, 390:], policy, cache=cache))
+        assert all(type(layer) is Rounded for layer in cache.layers)
+    torch.testing.assert_close(outs[1], outs[0], **CLOSE)
+
+
 def test_compiled_steps_over_a_fixed_cache(model, ids):
     """generate() compiles its steps over a static cache; none of them may fall out of the graph."""
     torch._dynamo.reset()
