@@ -252,7 +252,9 @@ def test_every_protocol_is_dense_under_a_covering_budget(folder, device):
 def test_needles_of_every_document_are_counted(monkeypatch, loaded):
     asked = []
 
-    def scripted(model, tokenizer, document, needles, variant, prompt_tokens, *, batch, advance):
+    def scripted(
+        model, tokenizer, document, needles, variant, prompt_tokens, *, form, batch, advance
+    ):
         asked.append((len(document), [n.words for n in needles], prompt_tokens, batch))
         right = (True, False) if variant is None else (False, False)
         return [Answer(first=True, whole=whole) for whole in right]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from condensate_ext.evaluate import omission, protocols
+from condensate_ext.evaluate import omission, protocols, tasks
+from condensate_ext.evaluate.forms import FORMS, make_form
 from condensate_ext.evaluate.omission import Audit
 from condensate_ext.evaluate.policies import (
     ANCHORS,
@@ -46,13 +47,21 @@ class Settings:
     decode_tokens: int = 512
     needles: int = 12
     new_tokens: int = 128
+    needle_form: str = "question"
+    chat: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int = 20
 
     def check(self) -> None:
         """Raises ValueError for counts below 1 and for names of protocols that are none."""
-        for name in ("documents", "decode_tokens", "needles", "new_tokens", "batch"):
+        for name in ("documents", "decode_tokens", "needles", "new_tokens", "batch", "task_limit"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is {getattr(self, name)}: it must be at least 1.")
+        if self.needle_form not in FORMS:
+            raise ValueError(
+                f"--needle-form {self.needle_form} is none: use {' or '.join(FORMS)}."
+            )
         for name in self.protocols:
             if name not in PROTOCOLS:
                 known = ", ".join(PROTOCOLS)
@@ -67,6 +76,10 @@ class Settings:
                     f"--context {context} before it: lower it or raise --context."
                 )
 
+    def steps(self) -> tuple[str, ...]:
+        """What is measured, in order."""
+        return (*self.protocols, *(["tasks"] if self.tasks else []))
+
     def policies(self) -> list[Policy]:
         """One a selector and budget; raises ValueError for budgets that do not do."""
         return [
@@ -79,9 +92,12 @@ class Settings:
 class Evaluation:
     """Runs protocols, and keeps their records."""
 
-    def __init__(self, subject: Subject, settings: Settings) -> None:
+    def __init__(
+        self, subject: Subject, settings: Settings, opened: dict[str, Any] | None = None
+    ) -> None:
+        """``opened`` are lm-eval's tasks, from :func:`tasks.open_tasks`."""
         settings.check_room(subject.context)
-        self.subject, self.settings = subject, settings
+        self.subject, self.settings, self.opened = subject, settings, opened or {}
         self.policies = settings.policies()
         self.records: list[Record] = []
         self.audits: list[Audit] = []
@@ -97,7 +113,15 @@ class Evaluation:
             case "prefill":
                 found = protocols.prefill(subject, policies, chosen.decode_tokens, advance)
             case "needles":
-                found = protocols.needles(subject, policies, chosen.needles, advance=advance)
+                form = make_form(chosen.needle_form, subject.tokenizer, chosen.chat)
+                found = protocols.needles(
+                    subject, policies, chosen.needles, advance=advance, form=form
+                )
+            case "tasks":
+                found = tasks.run(
+                    subject, self.opened, policies, chosen.task_limit,
+                    chat=chosen.chat, advance=advance,
+                )  # fmt: skip
             case "survival":
                 found = protocols.survive(subject, policies, chosen.new_tokens, advance)
             case "steps":
@@ -126,6 +150,9 @@ class Evaluation:
                 "decode_tokens": chosen.decode_tokens,
                 "needles": chosen.needles,
                 "new_tokens": chosen.new_tokens,
+                "needle_form": chosen.needle_form,
+                "chat": chosen.chat,
+                "task_limit": chosen.task_limit,
             },
             "seconds": self.seconds,
             "records": self.records,
