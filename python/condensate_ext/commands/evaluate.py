@@ -11,7 +11,7 @@ import typer
 from condensate_ext._selectors import SELECTORS
 from condensate_ext.commands import console
 from condensate_ext.commands.options import BATCH, DEVICE, DTYPE, MODEL, check_dtype
-from condensate_ext.evaluate import report
+from condensate_ext.evaluate import page, report
 from condensate_ext.evaluate.evaluation import PROTOCOLS, Evaluation, Settings
 from condensate_ext.evaluate.forms import make_form
 from condensate_ext.evaluate.subject import context_of, default_dtype, load
@@ -22,7 +22,7 @@ from condensate_ext.model_files import load_tokenizer
 if TYPE_CHECKING:
     from rich.console import Console
 
-_JSON = "evaluation.json"
+_JSON, _HTML = "evaluation.json", "report.html"
 
 
 def command(
@@ -67,7 +67,7 @@ def command(
     task_limit: Annotated[int, typer.Option(help="Documents of a task.")] = 20,
     batch: BATCH = 4,
     output: Annotated[
-        Path, typer.Option(help=f"Folder for {_JSON} and pictures, or a .json file.")
+        Path, typer.Option(help=f"Folder for {_JSON}, {_HTML} and pictures, or a .json file.")
     ] = Path("condensate_evaluation"),
 ) -> None:
     """Judges a language model.
@@ -116,8 +116,16 @@ def run(settings: Settings, output: Path) -> int:
         return console.interrupted("evaluate", done)
     _show(evaluation, output, shown)
     if json_path(output) != output:
-        console.say(shown, *evaluation.draw(output))
+        _write_page(evaluation, output, shown)
     return 0
+
+
+def _write_page(evaluation: Evaluation, output: Path, shown: Console) -> None:
+    pictures, missing = evaluation.draw(output)
+    path = output / _HTML
+    path.write_text(page.make(evaluation.document(), pictures), encoding="utf-8")
+    named = [f"{caption}: {picture}" for caption, picture in pictures.items()]
+    console.say(shown, *named, *missing, f"report: {path}")
 
 
 def _prepare(settings: Settings) -> Evaluation:
@@ -167,6 +175,7 @@ def _show(evaluation: Evaluation, output: Path, shown: Console) -> None:
     )
     for table in report.tables(evaluation.records):
         shown.print(table)
-    console.say(shown, *report.hints(evaluation.records))
+    for hint in report.hints(evaluation.records):
+        shown.print(hint, markup=False)
     if evaluation.records:
         console.say(shown, f"records: {json_path(output)}")

@@ -166,23 +166,26 @@ class Evaluation:
             ],
         }
 
-    def draw(self, folder: Path) -> list[str]:
-        """Draws what was measured; returns a line for each picture and each that is missing."""
+    def draw(self, folder: Path) -> tuple[dict[str, Path], list[str]]:
+        """Draws what was measured: pictures by caption, and a line for each that is missing."""
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            return ["no pictures: they need matplotlib; `pip install matplotlib` adds it"]
+            return {}, ["no pictures: they need matplotlib; `pip install matplotlib` adds it"]
         from condensate_ext.evaluate import plots
 
         paths = {name: folder / f"{name}.png" for name in ("quality", "omitted_mass", "support")}
-        if not plots.quality(self.records, paths["quality"]):
-            return ["no picture of quality: nothing was measured that it shows"]
-        lines = [f"quality against budget: {paths['quality']}"]
+        pictures, missing = {}, []
+        if plots.quality(self.records, paths["quality"]):
+            pictures["quality against budget"] = paths["quality"]
         if self.audits:
             plots.omitted_mass(self.audits, self.policies, paths["omitted_mass"])
-            lines.append(f"omitted mass by layer and head: {paths['omitted_mass']}")
-            missing = plots.support(
+            pictures["omitted mass by layer and head"] = paths["omitted_mass"]
+            reason = plots.support(
                 self.subject, self.settings.model.name, self.audits, self.policies, paths["support"]
             )
-            lines.append(missing or f"the head that leaves out most: {paths['support']}")
-        return lines
+            if reason is None:
+                pictures["the head that leaves out most"] = paths["support"]
+            else:
+                missing.append(reason)
+        return pictures, missing
