@@ -1,5 +1,6 @@
 """`python -m condensate_ext evaluate` and bench.fidelity from the command line to the files."""
 
+import html
 import json
 import os
 import re
@@ -12,7 +13,15 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 pytest.importorskip("rich")
 
 from condensate_ext import cli  # noqa: E402
-from condensate_ext.evaluate import Answer, evaluation, policies, protocols, report, subject  # noqa: E402
+from condensate_ext.evaluate import (  # noqa: E402
+    Answer,
+    evaluation,
+    page,
+    policies,
+    protocols,
+    report,
+    subject,
+)
 
 from bench import fidelity  # noqa: E402
 from tests.testkit import tiny_lm  # noqa: E402
@@ -124,6 +133,29 @@ def test_pictures_are_drawn(evaluated):
     output, _ = evaluated
     for name in ("quality", "omitted_mass", "support"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_is_one_file_with_pictures_and_every_figure(evaluated):
+    output, document = evaluated
+    text = (output / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'src="(.{22})', text) == ["data:image/png;base64,"] * 3
+    assert "http" not in re.sub(r"base64,[^\"]*", "", text)
+    rows = re.findall(r"<tr[^>]*><td>(.*?)</td></tr>", text)
+    shown = [re.sub("<[^>]*>", " ", row).split("  ") for row in rows]
+    for name in dict.fromkeys(r["protocol"] for r in document["records"]):
+        title, _, expected = report.cells(name, document["records"])
+        assert f"<h2>{html.escape(title)}</h2>" in text
+        assert all(row in shown for row in expected)
+    assert text.count('class="dense"') == 4
+
+
+def test_names_in_the_report_are_text():
+    """A model's folder may be called anything."""
+    document = {
+        "settings": {"model": "<b>", "context": 1, "documents": 1, "dtype": "float32"},
+        "environment": {}, "seconds": {}, "records": [],
+    }  # fmt: skip
+    assert "<b>" not in page.make(document, {})
 
 
 def test_one_json_file_and_no_picture(folder, tmp_path, capsys):
@@ -252,7 +284,9 @@ def test_every_protocol_is_dense_under_a_covering_budget(folder, device):
 def test_needles_of_every_document_are_counted(monkeypatch, loaded):
     asked = []
 
-    def scripted(model, tokenizer, document, needles, variant, prompt_tokens, *, batch, advance):
+    def scripted(
+        model, tokenizer, document, needles, variant, prompt_tokens, *, form, batch, advance
+    ):
         asked.append((len(document), [n.words for n in needles], prompt_tokens, batch))
         right = (True, False) if variant is None else (False, False)
         return [Answer(first=True, whole=whole) for whole in right]

@@ -11,15 +11,18 @@ import typer
 from condensate_ext._selectors import SELECTORS
 from condensate_ext.commands import console
 from condensate_ext.commands.options import BATCH, DEVICE, DTYPE, MODEL, check_dtype
-from condensate_ext.evaluate import report
+from condensate_ext.evaluate import page, report
 from condensate_ext.evaluate.evaluation import PROTOCOLS, Evaluation, Settings
+from condensate_ext.evaluate.forms import make_form
 from condensate_ext.evaluate.subject import context_of, default_dtype, load
+from condensate_ext.evaluate.tasks import GENERATED, open_tasks
 from condensate_ext.model_checks import check_model
+from condensate_ext.model_files import load_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-_JSON = "evaluation.json"
+_JSON, _HTML = "evaluation.json", "report.html"
 
 
 def command(
@@ -51,9 +54,20 @@ def command(
     decode_tokens: Annotated[int, typer.Option(help="Tokens of decode and prefill.")] = 512,
     needles: Annotated[int, typer.Option(help="Questions a document.")] = 12,
     new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 128,
+    needle_form: Annotated[
+        str, typer.Option(help="question, or statement: completing one, which more models do.")
+    ] = "question",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Needles and tasks in the tokenizer's chat template.")
+    ] = False,
+    tasks: Annotated[
+        list[str],
+        typer.Option(help=f"Tasks of lm-eval; {', '.join(GENERATED)} need no network."),
+    ] = [],  # noqa: B006
+    task_limit: Annotated[int, typer.Option(help="Documents of a task.")] = 20,
     batch: BATCH = 4,
     output: Annotated[
-        Path, typer.Option(help=f"Folder for {_JSON} and pictures, or a .json file.")
+        Path, typer.Option(help=f"Folder for {_JSON}, {_HTML} and pictures, or a .json file.")
     ] = Path("condensate_evaluation"),
 ) -> None:
     """Judges a language model.
@@ -77,6 +91,7 @@ def command(
         context=context, documents=documents, batch=batch, selectors=tuple(selectors),
         budgets=tuple(budgets), protocols=tuple(protocols), far_field=far_field, top_p=top_p,
         decode_tokens=decode_tokens, needles=needles, new_tokens=new_tokens,
+        needle_form=needle_form, chat=chat, tasks=tuple(tasks), task_limit=task_limit,
     )  # fmt: skip
     raise typer.Exit(run(settings, output))
 
@@ -84,25 +99,33 @@ def command(
 def run(settings: Settings, output: Path) -> int:
     """Evaluates a model and returns the exit status."""
     try:
-        console.need("evaluate", "transformers")
+        console.need("evaluate", "transformers", *(["lm_eval"] if settings.tasks else []))
     except ImportError as error:
         print(error)
         return console.FAILED
     shown = console.console()
     try:
         evaluation = _prepare(settings)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, ImportError) as error:
         return console.refuse("evaluate", error)
     try:
         _measure(evaluation, output)
     except KeyboardInterrupt:
         _show(evaluation, output, shown)
-        done = f"{len(evaluation.seconds)} of {len(settings.protocols)} protocols were measured"
+        done = f"{len(evaluation.seconds)} of {len(settings.steps())} protocols were measured"
         return console.interrupted("evaluate", done)
     _show(evaluation, output, shown)
     if json_path(output) != output:
-        console.say(shown, *evaluation.draw(output))
+        _write_page(evaluation, output, shown)
     return 0
+
+
+def _write_page(evaluation: Evaluation, output: Path, shown: Console) -> None:
+    pictures, missing = evaluation.draw(output)
+    path = output / _HTML
+    path.write_text(page.make(evaluation.document(), pictures), encoding="utf-8")
+    named = [f"{caption}: {picture}" for caption, picture in pictures.items()]
+    console.say(shown, *named, *missing, f"report: {path}")
 
 
 def _prepare(settings: Settings) -> Evaluation:
@@ -117,15 +140,18 @@ def _prepare(settings: Settings) -> Evaluation:
     tokens = context_of(settings.context, config, settings.device)
     settings.check_room(tokens)
     check_model(settings.model, policies, tokens=tokens, dtype=dtype, crops=True)
+    tokenizer = load_tokenizer(settings.model)
+    make_form(settings.needle_form, tokenizer, settings.chat)
+    opened = open_tasks(settings.tasks, tokenizer, tokens) if settings.tasks else {}
     subject = load(
         settings.model, settings.text, context=settings.context, documents=settings.documents,
         batch=settings.batch, dtype=settings.dtype, device=settings.device,
     )  # fmt: skip
-    return Evaluation(subject, settings)
+    return Evaluation(subject, settings, opened)
 
 
 def _measure(evaluation: Evaluation, output: Path) -> None:
-    names = evaluation.settings.protocols
+    names = evaluation.settings.steps()
     with console.progress("evaluate", names) as begin:
         for name in names:
             evaluation.run(name, begin(name))
@@ -149,5 +175,7 @@ def _show(evaluation: Evaluation, output: Path, shown: Console) -> None:
     )
     for table in report.tables(evaluation.records):
         shown.print(table)
+    for hint in report.hints(evaluation.records):
+        shown.print(hint, markup=False)
     if evaluation.records:
         console.say(shown, f"records: {json_path(output)}")

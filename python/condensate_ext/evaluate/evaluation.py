@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from condensate_ext.evaluate import omission, protocols
+from condensate_ext.evaluate import omission, protocols, tasks
+from condensate_ext.evaluate.forms import FORMS, make_form
 from condensate_ext.evaluate.omission import Audit
 from condensate_ext.evaluate.policies import (
     ANCHORS,
@@ -46,13 +47,21 @@ class Settings:
     decode_tokens: int = 512
     needles: int = 12
     new_tokens: int = 128
+    needle_form: str = "question"
+    chat: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int = 20
 
     def check(self) -> None:
         """Raises ValueError for counts below 1 and for names of protocols that are none."""
-        for name in ("documents", "decode_tokens", "needles", "new_tokens", "batch"):
+        for name in ("documents", "decode_tokens", "needles", "new_tokens", "batch", "task_limit"):
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag} is {getattr(self, name)}: it must be at least 1.")
+        if self.needle_form not in FORMS:
+            raise ValueError(
+                f"--needle-form {self.needle_form} is none: use {' or '.join(FORMS)}."
+            )
         for name in self.protocols:
             if name not in PROTOCOLS:
                 known = ", ".join(PROTOCOLS)
@@ -67,6 +76,10 @@ class Settings:
                     f"--context {context} before it: lower it or raise --context."
                 )
 
+    def steps(self) -> tuple[str, ...]:
+        """What is measured, in order."""
+        return (*self.protocols, *(["tasks"] if self.tasks else []))
+
     def policies(self) -> list[Policy]:
         """One a selector and budget; raises ValueError for budgets that do not do."""
         return [
@@ -79,9 +92,12 @@ class Settings:
 class Evaluation:
     """Runs protocols, and keeps their records."""
 
-    def __init__(self, subject: Subject, settings: Settings) -> None:
+    def __init__(
+        self, subject: Subject, settings: Settings, opened: dict[str, Any] | None = None
+    ) -> None:
+        """``opened`` are lm-eval's tasks, from :func:`tasks.open_tasks`."""
         settings.check_room(subject.context)
-        self.subject, self.settings = subject, settings
+        self.subject, self.settings, self.opened = subject, settings, opened or {}
         self.policies = settings.policies()
         self.records: list[Record] = []
         self.audits: list[Audit] = []
@@ -97,7 +113,15 @@ class Evaluation:
             case "prefill":
                 found = protocols.prefill(subject, policies, chosen.decode_tokens, advance)
             case "needles":
-                found = protocols.needles(subject, policies, chosen.needles, advance=advance)
+                form = make_form(chosen.needle_form, subject.tokenizer, chosen.chat)
+                found = protocols.needles(
+                    subject, policies, chosen.needles, advance=advance, form=form
+                )
+            case "tasks":
+                found = tasks.run(
+                    subject, self.opened, policies, chosen.task_limit,
+                    chat=chosen.chat, advance=advance,
+                )  # fmt: skip
             case "survival":
                 found = protocols.survive(subject, policies, chosen.new_tokens, advance)
             case "steps":
@@ -126,6 +150,9 @@ class Evaluation:
                 "decode_tokens": chosen.decode_tokens,
                 "needles": chosen.needles,
                 "new_tokens": chosen.new_tokens,
+                "needle_form": chosen.needle_form,
+                "chat": chosen.chat,
+                "task_limit": chosen.task_limit,
             },
             "seconds": self.seconds,
             "records": self.records,
@@ -139,23 +166,26 @@ class Evaluation:
             ],
         }
 
-    def draw(self, folder: Path) -> list[str]:
-        """Draws what was measured; returns a line for each picture and each that is missing."""
+    def draw(self, folder: Path) -> tuple[dict[str, Path], list[str]]:
+        """Draws what was measured: pictures by caption, and a line for each that is missing."""
         try:
             import matplotlib  # noqa: F401
         except ImportError:
-            return ["no pictures: they need matplotlib; `pip install matplotlib` adds it"]
+            return {}, ["no pictures: they need matplotlib; `pip install matplotlib` adds it"]
         from condensate_ext.evaluate import plots
 
         paths = {name: folder / f"{name}.png" for name in ("quality", "omitted_mass", "support")}
-        if not plots.quality(self.records, paths["quality"]):
-            return ["no picture of quality: nothing was measured that it shows"]
-        lines = [f"quality against budget: {paths['quality']}"]
+        pictures, missing = {}, []
+        if plots.quality(self.records, paths["quality"]):
+            pictures["quality against budget"] = paths["quality"]
         if self.audits:
             plots.omitted_mass(self.audits, self.policies, paths["omitted_mass"])
-            lines.append(f"omitted mass by layer and head: {paths['omitted_mass']}")
-            missing = plots.support(
+            pictures["omitted mass by layer and head"] = paths["omitted_mass"]
+            reason = plots.support(
                 self.subject, self.settings.model.name, self.audits, self.policies, paths["support"]
             )
-            lines.append(missing or f"the head that leaves out most: {paths['support']}")
-        return lines
+            if reason is None:
+                pictures["the head that leaves out most"] = paths["support"]
+            else:
+                missing.append(reason)
+        return pictures, missing

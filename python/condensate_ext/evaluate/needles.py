@@ -1,4 +1,4 @@
-"""Retrieval: statements hidden in a long text, questions at its end, and whether they are answered.
+"""Retrieval: statements hidden in a long text, asked for at its end, and whether they are answered.
 
 The question ends the prompt, so it stands in the last tile of a prefill and the answer behind it:
 nothing of the answer can steer a list.
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condensate_ext.evaluate.forms import Form
 from condensate_ext.evaluate.policies import Variant
 from condensate_ext.evaluate.runs import Advance, greedy_tokens, prefill, share_of, silent
 from condensate_ext.evaluate.text import leading_tokens
 
+QUESTION = Form()
 ANSWER_TOKENS = 6  # a space and five characters, should each be a token of its own
 
 
@@ -30,7 +32,12 @@ class Needle:
 
     @property
     def statement(self) -> str:
-        return f"The secret code for {self.words} is {self.code}.\n"
+        return f"{self.beginning} {self.code}.\n"
+
+    @property
+    def beginning(self) -> str:
+        """The statement up to the code."""
+        return f"The secret code for {self.words} is"
 
     @property
     def question(self) -> str:
@@ -108,13 +115,16 @@ class _Prompt:
     question: int  # tokens at the prompt's end that belong to the question
 
 
-def _prompt(tokenizer: Any, document: Sequence[int], needle: Needle, tokens: int) -> _Prompt:
+def _prompt(
+    tokenizer: Any, document: Sequence[int], needle: Needle, tokens: int, form: Form = QUESTION
+) -> _Prompt:
     """The document, shortened to leave room, and the question: ``tokens`` in all."""
-    question = tokenizer(needle.question, add_special_tokens=False).input_ids
-    answered = tokenizer(f"{needle.question} {needle.code}", add_special_tokens=False).input_ids
+    asked = form.asked(needle)
+    question = tokenizer(asked, add_special_tokens=False).input_ids
+    answered = tokenizer(asked + form.answer(needle), add_special_tokens=False).input_ids
     if answered[: len(question)] != question:
-        raise ValueError("the tokenizer merges the question with its answer: reword the question")
-    ids = [*document[: tokens - len(question)], *question]
+        raise ValueError("the tokenizer merges the question with its answer: use another form")
+    ids = [*form.prompt(tokenizer, document, tokens - len(question)), *question]
     if len(ids) != tokens:
         raise ValueError(f"the document has {len(document)} tokens, {tokens} are needed")
     return _Prompt(ids, answered[len(question) :], needle.code, len(question))
@@ -156,6 +166,7 @@ def ask_needles(
     variant: Variant,
     prompt_tokens: int,
     *,
+    form: Form = QUESTION,
     batch: int = 1,
     advance: Advance = silent,
 ) -> list[Answer]:
@@ -172,10 +183,11 @@ def ask_needles(
         needles: what is asked.
         variant: what the attention layers run.
         prompt_tokens: length of every prompt.
+        form: how it is asked.
         batch: prompts at once.
         advance: told the progress.
     """
-    prompts = [_prompt(tokenizer, document, needle, prompt_tokens) for needle in needles]
+    prompts = [_prompt(tokenizer, document, needle, prompt_tokens, form) for needle in needles]
     groups = [prompts[begin : begin + batch] for begin in range(0, len(prompts), batch)]
     answers = []
     for group in groups:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from condensate_ext.evaluate import language, omission, survival
 from condensate_ext.evaluate.budgets import mean_keys
+from condensate_ext.evaluate.forms import Form
 from condensate_ext.evaluate.language import Fidelity
-from condensate_ext.evaluate.needles import ask_needles, hide_needles, make_needles
+from condensate_ext.evaluate.needles import QUESTION, ask_needles, hide_needles, make_needles
 from condensate_ext.evaluate.omission import Audit
 from condensate_ext.evaluate.policies import (
     CONTROL,
@@ -33,7 +34,7 @@ Record = dict[str, Any]
 FIELDS = (
     "keys_mean", "kl", "top1", "dppl_percent", "dppl_percent_low", "dppl_percent_high",
     "dppl_percent_median", "dppl_percent_worst",
-    "needle_first", "needle_all",
+    "needle_first", "needle_all", "score", "score_low", "score_high",
     "identical_tokens", "identical_tokens_median", "survived",
     "omitted_mean", "omitted_low", "omitted_high", "omitted_p99", "omitted_max",
     "estimate_mean", "estimate_error", "output_error",
@@ -117,8 +118,9 @@ def needles(
     count: int = 12,
     distance: int | None = None,
     advance: Advance = silent,
+    form: Form = QUESTION,
 ) -> list[Record]:
-    """``count`` statements and questions a document, within ``distance`` tokens of its end."""
+    """``count`` statements a document, within ``distance`` tokens of its end, and asked for."""
     prompt_tokens = subject.context // _PROMPT_MULTIPLE * _PROMPT_MULTIPLE
     reach = min(distance or subject.context, subject.context)
     hidden = []
@@ -135,7 +137,7 @@ def needles(
             for document, asked in hidden
             for answer in ask_needles(
                 subject.model, subject.tokenizer, document, asked, variant, prompt_tokens,
-                batch=subject.batch, advance=part,
+                form=form, batch=subject.batch, advance=part,
             )
         ]  # fmt: skip
         scores = {

@@ -73,6 +73,25 @@ TABLES: dict[str, tuple[str, str, tuple[Column, ...]]] = {
 }
 
 
+_TASK: tuple[str, str, tuple[Column, ...]] = (
+    "lm-eval's {protocol}",
+    "scores",
+    (("score", "mean score", _number), ("score_low", "95 %: from", _number),
+     ("score_high", "to", _number)),
+)  # fmt: skip
+
+
+def hints(records: Sequence[Record]) -> list[str]:
+    """What to think of where the model fails without condensate already."""
+    dense = next((r for r in records if (r["protocol"], r["keys"]) == ("needles", None)), None)
+    if dense is None or dense["needle_first"] >= 0.5:
+        return []
+    return [
+        f"Dense attention itself answers {100 * dense['needle_first']:.0f} % of the needles: the "
+        "question fails here, not the policy. Try --needle-form statement, or --chat."
+    ]
+
+
 def tables(records: Sequence[Record]) -> list[Table]:
     """One table a protocol, in the order of the records."""
     return [_table(name, records) for name in dict.fromkeys(r["protocol"] for r in records)]
@@ -81,7 +100,9 @@ def tables(records: Sequence[Record]) -> list[Table]:
 def cells(protocol: str, records: Sequence[Record]) -> tuple[str, list[str], list[list[str]]]:
     """Title, headings and rows of a protocol's table, as text."""
     # "greedy, float32" and its like are continuations too.
-    title, sampled, columns = TABLES.get(protocol, (protocol, "tokens", _SURVIVAL))
+    other = _TASK if protocol.startswith("task ") else (protocol, "tokens", _SURVIVAL)
+    title, sampled, columns = TABLES.get(protocol, other)
+    title = title.format(protocol=protocol)
     headings = [heading for _, heading, _ in columns]
     rows = []
     for r in records:
