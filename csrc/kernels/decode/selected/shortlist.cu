@@ -99,15 +99,13 @@ __global__ void __launch_bounds__(kShortlistThreads)
     normalise_units(smem, record, sizes, item, rank == 0);
     rank_units(smem, ranks, record, first, units, heads);
     __syncthreads();
-    const auto key_of = [&](int i) {
-        return order_key(ranks[i], static_cast<uint32_t>(first + i));
-    };
+    const RankedItems items{ranks, units, static_cast<uint32_t>(first)};
     const Selection selection =
-        select_largest(group, smem.select, &record.header->exchange, units,
+        select_largest(group, smem.select, &record.header->exchange, items,
                        top_rank(smem.selectable, smem.normaliser, heads),
-                       End{static_cast<uint32_t>(params.shortlist / kUnitKeys), false, 0}, key_of);
+                       End{static_cast<uint32_t>(params.shortlist / kUnitKeys), false, 0});
     compact(
-        smem.select, units, [&](int i) { return key_of(i) >= selection.threshold; },
+        smem.select, units, [&](int i) { return items.reaches(i, selection.threshold); },
         [&](int i, uint32_t place) {
             record.shortlist[selection.before + place] = first + i;
             // Its keys are scored one by one: as a unit it weighs nothing.
