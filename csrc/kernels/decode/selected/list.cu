@@ -149,7 +149,7 @@ __device__ void list_rows(ListSmem& smem, SlotArrays arrays, const DecodeParams&
             static_cast<uint32_t>(min_i64(params.topk, INT32_MAX)), by_mass,
             by_mass ? static_cast<unsigned long long>((1.0f - fminf(params.top_p, 1.0f)) * 0x1p30f)
                     : 0ull};
-        selection = select_largest(Group{1}, smem.select, nullptr, items,
+        selection = select_largest(Group{1}, smem.select, items,
                                    top_rank(smem.selectable, smem.normaliser, group), end);
     }
     const auto is_listed = [&](int i) { return items.reaches(i, selection.threshold); };

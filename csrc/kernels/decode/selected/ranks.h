@@ -4,9 +4,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/decode/selected/workspace.h"
-
 namespace condensate::kernels::decode {
+
+constexpr int kRankBins = 1024;
 
 // Larger for a larger rank, then for a lower index; never 0.
 __device__ __forceinline__ unsigned long long order_key(float rank, uint32_t index) {

@@ -9,6 +9,9 @@
 
 namespace condensate::kernels::decode {
 
+constexpr int kMaxTies = 256;    // of a bin that are ordered at once; more are divided, or bisected
+constexpr int kBisections = 64;  // bits of an order key
+
 struct Selection {
     unsigned long long threshold;  // selected are the items whose key is not below
     uint32_t before;               // selected items of lower CTAs
@@ -18,13 +21,16 @@ struct Selection {
 template <int kThreads>
 struct SelectSmem {
     static constexpr int kWarps = kThreads / 32;
-    uint32_t bins[kRankBins];
+    uint32_t bins[2][kRankBins];             // of this CTA's items, of all ranks and of one bin
     unsigned long long bin_mass[kRankBins];  // fixed point; used with top_p
-    unsigned long long ties[kMaxTies];
+    unsigned long long own_ties[kMaxTies];   // this CTA's order keys in the last bin
+    unsigned long long ties[kMaxTies];       // the group's, where it has more CTAs
     unsigned long long warp_masses[kWarps];
     unsigned long long threshold;
     uint32_t warp_counts[kWarps];
-    uint32_t tie_count;
+    uint32_t tie_count;        // of own_ties
+    uint32_t above;            // this CTA's items above the last bin, or that are selected
+    uint32_t step_sum[2];      // of a bisection's steps
     uint32_t tie_selected[2];  // ties that are selected; of them, those of lower CTAs
     uint32_t last[3];          // bin, items above it, items in it
 };
@@ -120,17 +126,24 @@ struct LastBin {
     unsigned long long mass_total;
 };
 
-// The bin of smem.bins where the selection ends; `start` says what lies above the first bin.
+// The bin of the group's bins where the selection ends; `start` says what lies above the first bin.
 template <int kThreads>
-__device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& start, bool divided,
-                                 const End& end) {
+__device__ LastBin find_last_bin(const Group& group, SelectSmem<kThreads>& smem,
+                                 const LastBin& start, bool divided, const End& end) {
     constexpr int kEach = kRankBins / kThreads, kWarps = kThreads / 32;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     uint32_t items[kEach], sum = 0;
     unsigned long long masses[kEach] = {}, mass_sum = 0;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-        items[e] = smem.bins[static_cast<int>(threadIdx.x) * kEach + e];
+        const uint32_t& bin = smem.bins[divided][static_cast<int>(threadIdx.x) * kEach + e];
+        items[e] = bin;
+        if (group.size > 1) {
+            items[e] = 0;
+#pragma unroll
+            for (int r = 0; r < kMaxGroupCtas; ++r)
+                if (r < group.size) items[e] += group.peer(bin, r);
+        }
         sum += items[e];
         if (end.by_mass) {
             masses[e] = smem.bin_mass[static_cast<int>(threadIdx.x) * kEach + e];
@@ -186,17 +199,18 @@ __device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& star
     return {static_cast<int>(smem.last[0]), smem.last[1], smem.last[2], smem.threshold, total};
 }
 
-// Counts this CTA's items in smem.bins, then the group's.
+// Counts every CTA's items in its bins.
 template <int kThreads>
-__device__ void count_ranks(const Group& group, SelectSmem<kThreads>& smem,
-                            SelectExchange* exchange, const RankBins& bins,
+__device__ void count_ranks(const Group& group, SelectSmem<kThreads>& smem, const RankBins& bins,
                             const RankedItems& items, bool by_mass) {
     const bool divided = bins.only >= 0;
+    uint32_t* counts = smem.bins[divided];
     for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads) {
-        smem.bins[b] = 0;
+        counts[b] = 0;
         if (by_mass) smem.bin_mass[b] = 0;
     }
-    if (threadIdx.x == 0) smem.tie_count = smem.tie_selected[0] = smem.tie_selected[1] = 0;
+    if (threadIdx.x == 0)
+        smem.tie_count = smem.above = smem.tie_selected[0] = smem.tie_selected[1] = 0;
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads) {
         const float rank = items.ranks[i];
@@ -204,35 +218,27 @@ __device__ void count_ranks(const Group& group, SelectSmem<kThreads>& smem,
         const int coarse = bins.coarse(rank);
         if (divided && coarse != bins.only) continue;
         const int bin = divided ? bins.fine(rank) : coarse;
-        atomicAdd(&smem.bins[bin], 1u);
+        atomicAdd(&counts[bin], 1u);
         if (by_mass) atomicAdd(&smem.bin_mass[bin], mass_of(rank));
     }
-    __syncthreads();
-    if (group.size == 1) return;
-    uint32_t* shared = exchange->bins[divided];
-    for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads)
-        if (smem.bins[b] != 0) atomicAdd(&shared[b], smem.bins[b]);
     group.sync();
-    for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads)
-        smem.bins[b] = __ldcg(&shared[b]);
-    __syncthreads();
 }
 
-// The lowest key that is selected among smem.ties, the items of the last bin. Counts those that
-// are, and those of them whose index is below `first`.
+// The lowest key that is selected among `ties`, the items of the last bin. Counts those that are,
+// and those of them whose index is below `first`.
 template <int kThreads>
-__device__ unsigned long long order_ties(SelectSmem<kThreads>& smem, const LastBin& last,
-                                         const End& end, uint32_t first) {
+__device__ unsigned long long order_ties(SelectSmem<kThreads>& smem, const unsigned long long* ties,
+                                         const LastBin& last, const End& end, uint32_t first) {
     if (threadIdx.x == 0) smem.threshold = ~0ull;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < last.inside; i += kThreads) {
-        const unsigned long long key = smem.ties[i];
+        const unsigned long long key = ties[i];
         uint32_t larger = last.above;
         unsigned long long mass = last.mass_above;
         for (uint32_t other = 0; other < last.inside; ++other) {
-            const bool comes_first = smem.ties[other] > key;
+            const bool comes_first = ties[other] > key;
             larger += comes_first;
-            if (end.by_mass && comes_first) mass += mass_of(rank_of(smem.ties[other]));
+            if (end.by_mass && comes_first) mass += mass_of(rank_of(ties[other]));
         }
         if (!end.allows(larger, mass, last.mass_total)) continue;
         atomicMin(&smem.threshold, key);
@@ -246,8 +252,8 @@ __device__ unsigned long long order_ties(SelectSmem<kThreads>& smem, const LastB
 // The lowest key that is selected, of all; for ranks that bins cannot tell apart.
 template <int kThreads>
 __device__ unsigned long long bisect(const Group& group, SelectSmem<kThreads>& smem,
-                                     SelectExchange* exchange, unsigned long long mass_total,
-                                     const End& end, const RankedItems& items) {
+                                     unsigned long long mass_total, const End& end,
+                                     const RankedItems& items) {
     unsigned long long low = 1, high = ~0ull;
 #pragma unroll 1
     for (int step = 0; step < kBisections && low < high; ++step) {
@@ -262,9 +268,9 @@ __device__ unsigned long long bisect(const Group& group, SelectSmem<kThreads>& s
         larger = block_sum(smem, larger);
         if (end.by_mass) mass = block_sum(smem, mass);
         if (group.size > 1) {
-            if (threadIdx.x == 0) atomicAdd(&exchange->bisect_count[step], larger);
+            if (threadIdx.x == 0) smem.step_sum[step % 2] = larger;
             group.sync();
-            larger = __ldcg(&exchange->bisect_count[step]);
+            larger = group.sums(smem.step_sum[step % 2]).all;
         }
         if (end.allows(larger, mass, mass_total))
             high = middle;
@@ -277,31 +283,38 @@ __device__ unsigned long long bisect(const Group& group, SelectSmem<kThreads>& s
 // Where an end is told by comparing keys alone: counts what it selects.
 template <int kThreads>
 __device__ Selection count_selected(const Group& group, SelectSmem<kThreads>& smem,
-                                    SelectExchange* exchange, const RankedItems& items,
-                                    unsigned long long threshold) {
+                                    const RankedItems& items, unsigned long long threshold) {
     uint32_t mine = 0;
     for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads)
         mine += items.reaches(i, threshold);
-    Selection selection = {threshold, 0, block_sum(smem, mine)};
-    if (group.size == 1) return selection;
-    if (threadIdx.x == 0) exchange->larger[group.rank()] = selection.count;
+    mine = block_sum(smem, mine);
+    if (threadIdx.x == 0) smem.above = mine;
     group.sync();
-    selection.count = 0;
+    const GroupSums sums = group.sums(smem.above);
+    return {threshold, sums.before, sums.all};
+}
+
+// The ties of all CTAs to each, when they have told their own.
+template <int kThreads>
+__device__ void gather_ties(const Group& group, SelectSmem<kThreads>& smem) {
+    const int thread = static_cast<int>(threadIdx.x);
+    uint32_t place = threadIdx.x;
     for (int r = 0; r < group.size; ++r) {
-        const uint32_t theirs = __ldcg(&exchange->larger[r]);
-        selection.count += theirs;
-        if (r < group.rank()) selection.before += theirs;
+        const uint32_t count = group.peer(smem.tie_count, r);
+        if (threadIdx.x < count) smem.ties[place] = group.peer(smem.own_ties[thread], r);
+        place += count;
     }
-    return selection;
+    __syncthreads();
 }
 
 // Where it ends within a bin of few items: orders them.
 template <int kThreads>
 __device__ Selection end_among_ties(const Group& group, SelectSmem<kThreads>& smem,
-                                    SelectExchange* exchange, const RankedItems& items,
-                                    const RankBins& bins, const LastBin& last, const End& end) {
+                                    const RankedItems& items, const RankBins& bins,
+                                    const LastBin& last, const End& end) {
+    static_assert(kThreads >= kMaxTies, "a thread a tie");
     const bool divided = bins.only >= 0;
-    uint32_t above = 0;  // items of this CTA above the bin
+    uint32_t above = 0;
     for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads) {
         const float rank = items.ranks[i];
         if (!RankedItems::is_item(rank)) continue;
@@ -310,51 +323,43 @@ __device__ Selection end_among_ties(const Group& group, SelectSmem<kThreads>& sm
         if (divided)
             bin = coarse == bins.only ? bins.fine(rank) : coarse < bins.only ? -1 : kRankBins;
         above += bin < last.bin;
-        if (bin != last.bin) continue;
-        if (group.size == 1)
-            smem.ties[atomicAdd(&smem.tie_count, 1u)] = items.key(i, rank);
-        else
-            exchange->ties[atomicAdd(&exchange->tie_count, 1u)] = items.key(i, rank);
+        if (bin == last.bin) smem.own_ties[atomicAdd(&smem.tie_count, 1u)] = items.key(i, rank);
     }
-    Selection selection = {0, 0, 0};
     if (group.size > 1) {
         above = __reduce_add_sync(0xffffffffu, above);
-        if (threadIdx.x % 32 == 0) atomicAdd(&exchange->larger[group.rank()], above);
-        group.sync();
-        for (uint32_t i = threadIdx.x; i < last.inside; i += kThreads)
-            smem.ties[i] = __ldcg(&exchange->ties[i]);
-        for (int r = 0; r < group.rank(); ++r) selection.before += __ldcg(&exchange->larger[r]);
+        if (threadIdx.x % 32 == 0) atomicAdd(&smem.above, above);
     }
-    __syncthreads();
-    selection.threshold = order_ties(smem, last, end, items.first);
+    group.sync();
+    if (group.size > 1) gather_ties(group, smem);
+    Selection selection = {0, group.sums(smem.above).before, 0};
+    selection.threshold =
+        order_ties(smem, group.size > 1 ? smem.ties : smem.own_ties, last, end, items.first);
     selection.before += smem.tie_selected[1];
     selection.count = last.above + smem.tie_selected[0];
     return selection;
 }
 
-// Selects the largest items. No rank is above `top`. Masses are for a group of one; `exchange` is
-// not used then.
+// Selects the largest items. No rank is above `top`. Masses are for a group of one.
 template <int kThreads>
 __device__ Selection select_largest(const Group& group, SelectSmem<kThreads>& smem,
-                                    SelectExchange* exchange, const RankedItems& items, float top,
-                                    const End& end) {
+                                    const RankedItems& items, float top, const End& end) {
     RankBins bins{top, 0.0f, 0.0f, -1};
     LastBin last = {};
 #pragma unroll 1
     for (int level = 0; level < 2; ++level) {
-        count_ranks(group, smem, exchange, bins, items, end.by_mass);
-        last = find_last_bin(smem, last, level == 1, end);
+        count_ranks(group, smem, bins, items, end.by_mass);
+        last = find_last_bin(group, smem, last, level == 1, end);
         if (level == 1 || last.bin == kRankBins || last.inside <= kMaxTies) break;
         bins.divide(last.bin);
     }
     if (last.bin < kRankBins && last.inside <= kMaxTies)
-        return end_among_ties(group, smem, exchange, items, bins, last, end);
+        return end_among_ties(group, smem, items, bins, last, end);
     unsigned long long threshold = 1;  // everything
     if (last.bin < kRankBins)
-        threshold = bisect(group, smem, exchange, last.mass_total, end, items);
+        threshold = bisect(group, smem, last.mass_total, end, items);
     else if (!end.allows(0, 0, end.by_mass ? last.mass_total : 1))
         threshold = ~0ull;
-    return count_selected(group, smem, exchange, items, threshold);
+    return count_selected(group, smem, items, threshold);
 }
 
 // No rank is above it.
