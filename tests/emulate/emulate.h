@@ -49,6 +49,8 @@ constexpr size_t kSharedBytes = 228 * 1024;
 enum class Access : uint8_t { kRead, kReadPastL1, kReadConstant, kWrite, kAtomic };
 // A checked copy between a thread and memory.
 void load(void* dst, const void* src, size_t bytes, size_t alignment, Access how);
+// The same of another CTA of the cluster, at the place of `mine` in its shared memory.
+void load_peer(void* dst, const void* mine, size_t bytes, uint32_t rank);
 void store(void* dst, const void* src, size_t bytes, size_t alignment);
 
 // `kernel` of all threads in the CTA, or the cluster.

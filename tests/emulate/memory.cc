@@ -81,7 +81,8 @@ void touch_byte(Byte& byte, Access how, const char* name, const void* place, boo
     const bool writes = how == Access::kWrite || how == Access::kAtomic;
     const bool atomic = how == Access::kAtomic;
     auto conflicts = [&](const Touch& other) {
-        if (is_shared && other.block != now.block) return false;  // an earlier CTA's
+        if (is_shared && other.block / now.cluster_size != now.block / now.cluster_size)
+            return false;  // an earlier CTA's
         return other.launch == now.launch && (writes || other.is_write()) &&
                !(atomic && other.how == Access::kAtomic) && !is_ordered(other, now);
     };
@@ -196,6 +197,22 @@ void load(void* dst, const void* src, size_t bytes, size_t alignment, Access how
     check_alignment(src, alignment, place);
     touch(src, bytes, how, place);
     std::memcpy(dst, src, bytes);
+}
+void load_peer(void* dst, const void* mine, size_t bytes, uint32_t rank) {
+    const void* place = __builtin_return_address(0);
+    if (has_ended(rank)) report(in_block("a read of a CTA that may have ended", place), place);
+    for (size_t i = 0; i < arenas().size(); ++i) {
+        const auto offset = static_cast<size_t>(static_cast<const char*>(mine) - arenas()[i]);
+        if (static_cast<const char*>(mine) < arenas()[i] || offset >= kSharedBytes) continue;
+        if (offset + bytes > g_shared_bytes)
+            return report(in_block("shared memory: out of bounds", place), place);
+        SharedState& peer = g_shared[rank];
+        for (size_t b = 0; b < bytes; ++b)
+            touch_byte(peer.shadow[offset + b], Access::kReadPastL1, "a peer's shared memory",
+                       place, true);
+        std::memcpy(dst, &peer == g_in ? mine : peer.content.data() + i * g_shared_bytes + offset,
+                    bytes);
+    }
 }
 void store(void* dst, const void* src, size_t bytes, size_t alignment) {
     const void* place = __builtin_return_address(0);

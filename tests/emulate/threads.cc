@@ -191,6 +191,11 @@ void report(const std::string& what, const void* place) {
 }
 void report(const std::string& what, Site) { report(what, static_cast<const void*>(nullptr)); }
 
+bool has_ended(uint32_t cta) {
+    const Block& block = *(*g_cluster)[cta];
+    return block.live < block.threads.size();
+}
+
 std::vector<std::string> take_reports() {
     g_seen.clear();
     return std::exchange(g_reports, {});

@@ -36,5 +36,7 @@ void report(const std::string& what, Site site);
 // Shared memory of as many CTAs as run at a time: all garbage; then the one that is in smem_bytes.
 void start_shared_memory(uint32_t ctas, size_t bytes);
 void swap_shared_memory(uint32_t cta);
+// May a CTA of the cluster have ended, so that its shared memory is gone?
+bool has_ended(uint32_t cta);
 
 }  // namespace emulate

@@ -52,7 +52,7 @@ __device__ __forceinline__ float absent_rank() { return __int_as_float(0x7ffffff
 // latencies would add up.
 __device__ void rank_slots(const ListSmem& smem, SlotArrays arrays, const Item& item,
                            const Record& record, int slots, int group) {
-    constexpr int kBatch = 6;
+    constexpr int kBatch = 5;
     const int thread = static_cast<int>(threadIdx.x);
     for (int first = thread; first < slots; first += kBatch * kListThreads) {
         int32_t key[kBatch];
@@ -141,11 +141,7 @@ __device__ void list_rows(ListSmem& smem, SlotArrays arrays, const DecodeParams&
     const int group = params.group();
     normalise_keys(smem, params, item, record, slices);
     rank_slots(smem, arrays, item, record, slots, group);
-    const float* ranks = arrays.ranks;
-    const auto key_of = [&](int i) {
-        const float rank = ranks[i];
-        return rank < kAttendedRank ? order_key(rank, static_cast<uint32_t>(i)) : 0ull;
-    };
+    const RankedItems items{arrays.ranks, slots, 0};
     Selection selection = {0, 0, 0};
     if (item.selects) {
         const bool by_mass = params.top_p > 0.0f;
@@ -153,13 +149,10 @@ __device__ void list_rows(ListSmem& smem, SlotArrays arrays, const DecodeParams&
             static_cast<uint32_t>(min_i64(params.topk, INT32_MAX)), by_mass,
             by_mass ? static_cast<unsigned long long>((1.0f - fminf(params.top_p, 1.0f)) * 0x1p30f)
                     : 0ull};
-        selection = select_largest(Group{1}, smem.select, nullptr, slots,
-                                   top_rank(smem.selectable, smem.normaliser, group), end, key_of);
+        selection = select_largest(Group{1}, smem.select, items,
+                                   top_rank(smem.selectable, smem.normaliser, group), end);
     }
-    const auto is_listed = [&](int i) {
-        const unsigned long long key = key_of(i);
-        return key != 0 && key >= selection.threshold;
-    };
+    const auto is_listed = [&](int i) { return items.reaches(i, selection.threshold); };
     if (params.mode == DecodeMode::kSelect) {
         int32_t* tokens = params.token_indices + index * params.topk;
         compact(smem.select, slots, is_listed,
@@ -170,12 +163,10 @@ __device__ void list_rows(ListSmem& smem, SlotArrays arrays, const DecodeParams&
         return;
     }
     if (params.omitted_mass_estimate)
-        tell_unlisted(smem, record, slots, group, [&](int i) {
-            const unsigned long long key = key_of(i);
-            return key != 0 && key < selection.threshold;
-        });
+        tell_unlisted(smem, record, slots, group,
+                      [&](int i) { return RankedItems::is_item(items.ranks[i]) && !is_listed(i); });
     const uint32_t rows = compact(
-        smem.select, slots, [&](int i) { return ranks[i] == kAttendedRank || is_listed(i); },
+        smem.select, slots, [&](int i) { return items.ranks[i] == kAttendedRank || is_listed(i); },
         [&](int i, uint32_t place) { record.rows[place] = {arrays.keys[i], i}; });
     if (threadIdx.x == 0) record.header->rows = static_cast<int32_t>(rows);
 }

@@ -134,17 +134,6 @@ __device__ void load_scan_rows(ScanSmem<kDim>& smem, const DecodeParams& params,
     }
 }
 
-__device__ inline void clear_headers(uint8_t* workspace, const Sizes& sizes, int64_t first,
-                                     int count) {
-    constexpr int kWords = offsetof(SelectExchange, ties) / 4;
-    for (int item = 0; item < count; ++item) {
-        Header& header = *Record(workspace, sizes, first + item).header;
-        auto* words = reinterpret_cast<uint32_t*>(&header.exchange);
-        for (int i = static_cast<int>(threadIdx.x); i < kWords; i += kScanThreads) words[i] = 0;
-        if (threadIdx.x == 0) header.attended = 0;
-    }
-}
-
 // A chunk of 256 units of one sequence and KV head, for up to 64 query rows.
 template <class T, class CacheT, int kDim>
 __global__ void __launch_bounds__(kScanThreads)
@@ -162,7 +151,8 @@ __global__ void __launch_bounds__(kScanThreads)
     const int first_row = static_cast<int>(blockIdx.z) * kScanRows;
     const int rows = min(group * queries - first_row, kScanRows);
     const int64_t first_item = static_cast<int64_t>(blockIdx.y) * queries;
-    if (chunk == 0 && blockIdx.z == 0) clear_headers(workspace, sizes, first_item, queries);
+    if (chunk == 0 && blockIdx.z == 0 && static_cast<int>(threadIdx.x) < queries)
+        Record(workspace, sizes, first_item + threadIdx.x).header->attended = 0;
     const bool paged = params.cache.block_table != nullptr;
     const int pool = pool_keys(params.cache.page_size, paged);
     const int64_t length =

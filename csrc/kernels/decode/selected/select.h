@@ -4,53 +4,13 @@
 // more; where they still are (equal ranks everywhere), the end is bisected.
 #pragma once
 
-#include "kernels/decode/selected/workspace.h"
+#include "kernels/decode/selected/group.h"
+#include "kernels/decode/selected/ranks.h"
 
 namespace condensate::kernels::decode {
 
-// Larger for a larger rank, then for a lower index; 0 is no item.
-__device__ __forceinline__ unsigned long long order_key(float rank, uint32_t index) {
-    const float ordered_rank = rank == rank ? rank : -INFINITY;
-    const uint32_t bits = __float_as_uint(ordered_rank);
-    const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return static_cast<unsigned long long>(ordered) << 32 | (0xffffffffu - index);
-}
-__device__ __forceinline__ uint32_t index_of(unsigned long long key) {
-    return 0xffffffffu - static_cast<uint32_t>(key);
-}
-__device__ __forceinline__ float rank_of(unsigned long long key) {
-    const uint32_t ordered = static_cast<uint32_t>(key >> 32);
-    return __uint_as_float(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
-// Bins of ranks, the largest first. Coarse bins reach down from `top`, 64 an octave of 1 +
-// distance; fine ones divide one of them evenly. A larger rank has no larger bin.
-struct RankBins {
-    float top;
-    float first, per_bin;  // fine: distance of the first bin, bins per unit of distance
-    int only;              // fine: the coarse bin that is divided
-
-    __device__ float distance(float rank) const { return 1.0f + fmaxf(top - rank, 0.0f); }
-    __device__ int coarse(float rank) const {
-        const int bin = static_cast<int>(__float_as_uint(distance(rank)) >> 17) - (127 << 6);
-        return min(bin, kRankBins - 1);
-    }
-    __device__ void divide(int bin) {
-        const uint32_t bits = static_cast<uint32_t>(bin + (127 << 6)) << 17;
-        first = __uint_as_float(bits);
-        per_bin = static_cast<float>(kRankBins) / (__uint_as_float(bits + (1u << 17)) - first);
-        only = bin;
-    }
-    __device__ int fine(float rank) const {
-        const float offset = (distance(rank) - first) * per_bin;
-        return static_cast<int>(fminf(fmaxf(offset, 0.0f), kRankBins - 1.0f));
-    }
-};
-
-// 2^rank as a share of 2^30, so that sums do not depend on their order.
-__device__ __forceinline__ unsigned long long mass_of(float rank) {
-    return static_cast<unsigned long long>(exp2f(fminf(rank, 0.0f)) * 0x1p30f);
-}
+constexpr int kMaxTies = 256;    // of a bin that are ordered at once; more are divided, or bisected
+constexpr int kBisections = 64;  // bits of an order key
 
 struct Selection {
     unsigned long long threshold;  // selected are the items whose key is not below
@@ -61,14 +21,33 @@ struct Selection {
 template <int kThreads>
 struct SelectSmem {
     static constexpr int kWarps = kThreads / 32;
-    uint32_t bins[kRankBins];
+    uint32_t bins[2][kRankBins];             // of this CTA's items, of all ranks and of one bin
     unsigned long long bin_mass[kRankBins];  // fixed point; used with top_p
-    unsigned long long ties[kMaxTies];
+    unsigned long long own_ties[kMaxTies];   // this CTA's order keys in the last bin
+    unsigned long long ties[kMaxTies];       // the group's, where it has more CTAs
     unsigned long long warp_masses[kWarps];
     unsigned long long threshold;
     uint32_t warp_counts[kWarps];
-    uint32_t tie_count;
-    uint32_t last[3];  // bin, items above it, items in it
+    uint32_t tie_count;        // of own_ties
+    uint32_t above;            // this CTA's items above the last bin, or that are selected
+    uint32_t step_sum[2];      // of a bisection's steps
+    uint32_t tie_selected[2];  // ties that are selected; of them, those of lower CTAs
+    uint32_t last[3];          // bin, items above it, items in it
+};
+
+// Of counts of the warps, that of lower warps and of all.
+struct WarpSums {
+    uint32_t before, all;
+
+    template <int kWarps>
+    __device__ static WarpSums of(const uint32_t (&counts)[kWarps]) {
+        static_assert(kWarps <= 32, "a lane a warp");
+        const int warp = static_cast<int>(threadIdx.x) / 32;
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const uint32_t count = lane < kWarps ? counts[lane] : 0u;
+        return {__reduce_add_sync(0xffffffffu, lane < warp ? count : 0u),
+                __reduce_add_sync(0xffffffffu, count)};
+    }
 };
 
 template <int kThreads>
@@ -77,10 +56,7 @@ __device__ __forceinline__ uint32_t block_sum(SelectSmem<kThreads>& smem, uint32
     __syncthreads();
     if (threadIdx.x % 32 == 0) smem.warp_counts[threadIdx.x / 32] = value;
     __syncthreads();
-    uint32_t sum = 0;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) sum += smem.warp_counts[w];
-    return sum;
+    return WarpSums::of(smem.warp_counts).all;
 }
 template <int kThreads>
 __device__ __forceinline__ unsigned long long block_sum(SelectSmem<kThreads>& smem,
@@ -98,36 +74,34 @@ __device__ __forceinline__ unsigned long long block_sum(SelectSmem<kThreads>& sm
 }
 
 // Calls emit(i, place) for every i in [0, count) with flag(i), places counting from 0 in order.
-// Returns how many there were. A warp looks at consecutive items; flag is asked twice.
+// Returns how many there were. A warp looks at consecutive items.
 template <int kThreads, class Flag, class Emit>
 __device__ uint32_t compact(SelectSmem<kThreads>& smem, int count, Flag&& flag, Emit&& emit) {
     constexpr int kWarps = kThreads / 32;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int each = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
-    const int begin = warp * each, end = min(begin + each, count);
-    uint32_t mine = 0;
-    for (int first = begin; first < end; first += 32) {
-        const int i = first + lane;
-        mine += static_cast<uint32_t>(__popc(__ballot_sync(0xffffffffu, i < end && flag(i))));
+    const int steps = (count + 32 * kWarps - 1) / (32 * kWarps);
+    const int first = warp * steps * 32 + lane;
+    uint32_t kept = 0, mine = 0;  // lane n keeps the flags of step n; of further ones nobody does
+    for (int step = 0; step < steps; ++step) {
+        const int i = first + 32 * step;
+        const uint32_t flags = __ballot_sync(0xffffffffu, i < count && flag(i));
+        if (lane == step) kept = flags;
+        mine += static_cast<uint32_t>(__popc(flags));
     }
     __syncthreads();
     if (lane == 0) smem.warp_counts[warp] = mine;
     __syncthreads();
-    uint32_t before = 0, all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-        before += w < warp ? smem.warp_counts[w] : 0u;
-        all += smem.warp_counts[w];
+    const WarpSums sums = WarpSums::of(smem.warp_counts);
+    uint32_t before = sums.before;
+    for (int step = 0; step < steps; ++step) {
+        const int i = first + 32 * step;
+        const uint32_t flags = step < 32 ? __shfl_sync(0xffffffffu, kept, step)
+                                         : __ballot_sync(0xffffffffu, i < count && flag(i));
+        if (flags >> lane & 1u)
+            emit(i, before + static_cast<uint32_t>(__popc(flags & ((1u << lane) - 1u))));
+        before += static_cast<uint32_t>(__popc(flags));
     }
-    for (int first = begin; first < end; first += 32) {
-        const int i = first + lane;
-        const bool set = i < end && flag(i);
-        const uint32_t ballot = __ballot_sync(0xffffffffu, set);
-        if (set) emit(i, before + static_cast<uint32_t>(__popc(ballot & ((1u << lane) - 1u))));
-        before += static_cast<uint32_t>(__popc(ballot));
-    }
-    __syncthreads();
-    return all;
+    return sums.all;
 }
 
 // Where a selection ends. At most `most` items are selected, and with masses only as many of the
@@ -152,17 +126,24 @@ struct LastBin {
     unsigned long long mass_total;
 };
 
-// The bin of smem.bins where the selection ends; `start` says what lies above the first bin.
+// The bin of the group's bins where the selection ends; `start` says what lies above the first bin.
 template <int kThreads>
-__device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& start, bool divided,
-                                 const End& end) {
+__device__ LastBin find_last_bin(const Group& group, SelectSmem<kThreads>& smem,
+                                 const LastBin& start, bool divided, const End& end) {
     constexpr int kEach = kRankBins / kThreads, kWarps = kThreads / 32;
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     uint32_t items[kEach], sum = 0;
     unsigned long long masses[kEach] = {}, mass_sum = 0;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-        items[e] = smem.bins[static_cast<int>(threadIdx.x) * kEach + e];
+        const uint32_t& bin = smem.bins[divided][static_cast<int>(threadIdx.x) * kEach + e];
+        items[e] = bin;
+        if (group.size > 1) {
+            items[e] = 0;
+#pragma unroll
+            for (int r = 0; r < kMaxGroupCtas; ++r)
+                if (r < group.size) items[e] += group.peer(bin, r);
+        }
         sum += items[e];
         if (end.by_mass) {
             masses[e] = smem.bin_mass[static_cast<int>(threadIdx.x) * kEach + e];
@@ -175,7 +156,10 @@ __device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& star
     for (int offset = 1; offset < 32; offset *= 2) {
         const uint32_t other = __shfl_up_sync(0xffffffffu, before, offset);
         if (lane >= offset) before += other;
-        if (end.by_mass) {
+    }
+    if (end.by_mass) {
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
             const unsigned long long mass = __shfl_up_sync(0xffffffffu, mass_before, offset);
             if (lane >= offset) mass_before += mass;
         }
@@ -186,14 +170,15 @@ __device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& star
     }
     if (threadIdx.x == 0) smem.last[0] = kRankBins;
     __syncthreads();
-    before += start.above - sum;
-    mass_before += start.mass_above - mass_sum;
+    before += start.above - sum + WarpSums::of(smem.warp_counts).before;
     unsigned long long total = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-        before += w < warp ? smem.warp_counts[w] : 0u;
-        mass_before += w < warp ? smem.warp_masses[w] : 0ull;
-        total += smem.warp_masses[w];
+    if (end.by_mass) {
+        mass_before += start.mass_above - mass_sum;
+#pragma unroll 4
+        for (int w = 0; w < kWarps; ++w) {
+            mass_before += w < warp ? smem.warp_masses[w] : 0ull;
+            total += smem.warp_masses[w];
+        }
     }
     if (divided) total = start.mass_total;
     // Each thread looks at its own bins; the one in which the selection ends tells the others.
@@ -211,89 +196,81 @@ __device__ LastBin find_last_bin(SelectSmem<kThreads>& smem, const LastBin& star
         mass_before = mass_after;
     }
     __syncthreads();
-    const LastBin last = {static_cast<int>(smem.last[0]), smem.last[1], smem.last[2],
-                          smem.threshold, total};
-    __syncthreads();
-    return last;
+    return {static_cast<int>(smem.last[0]), smem.last[1], smem.last[2], smem.threshold, total};
 }
 
-// Counts this CTA's items in smem.bins, then the group's.
-template <int kThreads, class KeyOf>
-__device__ void count_ranks(const Group& group, SelectSmem<kThreads>& smem,
-                            SelectExchange* exchange, const RankBins& bins, int count, bool by_mass,
-                            KeyOf&& key_of) {
+// Counts every CTA's items in its bins.
+template <int kThreads>
+__device__ void count_ranks(const Group& group, SelectSmem<kThreads>& smem, const RankBins& bins,
+                            const RankedItems& items, bool by_mass) {
     const bool divided = bins.only >= 0;
+    uint32_t* counts = smem.bins[divided];
     for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads) {
-        smem.bins[b] = 0;
+        counts[b] = 0;
         if (by_mass) smem.bin_mass[b] = 0;
     }
-    if (threadIdx.x == 0) smem.tie_count = 0;
+    if (threadIdx.x == 0)
+        smem.tie_count = smem.above = smem.tie_selected[0] = smem.tie_selected[1] = 0;
     __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-        const unsigned long long key = key_of(i);
-        if (key == 0) continue;
-        const float rank = rank_of(key);
+    for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads) {
+        const float rank = items.ranks[i];
+        if (!RankedItems::is_item(rank)) continue;
         const int coarse = bins.coarse(rank);
         if (divided && coarse != bins.only) continue;
         const int bin = divided ? bins.fine(rank) : coarse;
-        atomicAdd(&smem.bins[bin], 1u);
+        atomicAdd(&counts[bin], 1u);
         if (by_mass) atomicAdd(&smem.bin_mass[bin], mass_of(rank));
     }
-    __syncthreads();
-    if (group.size == 1) return;
-    uint32_t* shared = exchange->bins[divided];
-    for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads)
-        if (smem.bins[b] != 0) atomicAdd(&shared[b], smem.bins[b]);
     group.sync();
-    for (int b = static_cast<int>(threadIdx.x); b < kRankBins; b += kThreads)
-        smem.bins[b] = __ldcg(&shared[b]);
-    __syncthreads();
 }
 
-// The lowest key that is selected among smem.ties, the items of the last bin.
+// The lowest key that is selected among `ties`, the items of the last bin. Counts those that are,
+// and those of them whose index is below `first`.
 template <int kThreads>
-__device__ unsigned long long order_ties(SelectSmem<kThreads>& smem, const LastBin& last,
-                                         const End& end) {
+__device__ unsigned long long order_ties(SelectSmem<kThreads>& smem, const unsigned long long* ties,
+                                         const LastBin& last, const End& end, uint32_t first) {
     if (threadIdx.x == 0) smem.threshold = ~0ull;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < last.inside; i += kThreads) {
-        const unsigned long long key = smem.ties[i];
+        const unsigned long long key = ties[i];
         uint32_t larger = last.above;
         unsigned long long mass = last.mass_above;
         for (uint32_t other = 0; other < last.inside; ++other) {
-            const bool comes_first = smem.ties[other] > key;
+            const bool comes_first = ties[other] > key;
             larger += comes_first;
-            if (end.by_mass && comes_first) mass += mass_of(rank_of(smem.ties[other]));
+            if (end.by_mass && comes_first) mass += mass_of(rank_of(ties[other]));
         }
-        if (end.allows(larger, mass, last.mass_total)) atomicMin(&smem.threshold, key);
+        if (!end.allows(larger, mass, last.mass_total)) continue;
+        atomicMin(&smem.threshold, key);
+        atomicAdd(&smem.tie_selected[0], 1u);
+        if (index_of(key) < first) atomicAdd(&smem.tie_selected[1], 1u);
     }
     __syncthreads();
     return smem.threshold;
 }
 
 // The lowest key that is selected, of all; for ranks that bins cannot tell apart.
-template <int kThreads, class KeyOf>
+template <int kThreads>
 __device__ unsigned long long bisect(const Group& group, SelectSmem<kThreads>& smem,
-                                     SelectExchange* exchange, unsigned long long mass_total,
-                                     const End& end, int count, KeyOf&& key_of) {
+                                     unsigned long long mass_total, const End& end,
+                                     const RankedItems& items) {
     unsigned long long low = 1, high = ~0ull;
 #pragma unroll 1
     for (int step = 0; step < kBisections && low < high; ++step) {
         const unsigned long long middle = low + (high - low) / 2;
         uint32_t larger = 0;
         unsigned long long mass = 0;
-        for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-            const unsigned long long key = key_of(i);
-            if (key <= middle) continue;
+        for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads) {
+            if (!items.reaches(i, middle + 1)) continue;
             ++larger;
-            if (end.by_mass) mass += mass_of(rank_of(key));
+            if (end.by_mass) mass += mass_of(items.ranks[i]);
         }
         larger = block_sum(smem, larger);
         if (end.by_mass) mass = block_sum(smem, mass);
         if (group.size > 1) {
-            if (threadIdx.x == 0) atomicAdd(&exchange->bisect_count[step], larger);
+            if (threadIdx.x == 0) smem.step_sum[step % 2] = larger;
             group.sync();
-            larger = __ldcg(&exchange->bisect_count[step]);
+            larger = group.sums(smem.step_sum[step % 2]).all;
         }
         if (end.allows(larger, mass, mass_total))
             high = middle;
@@ -303,64 +280,86 @@ __device__ unsigned long long bisect(const Group& group, SelectSmem<kThreads>& s
     return low;
 }
 
-// Selects the largest items. key_of(i), i < count, is 0 for what is no item. No rank is above
-// `top`. Masses are for a group of one; `exchange` is not used then.
-template <int kThreads, class KeyOf>
+// Where an end is told by comparing keys alone: counts what it selects.
+template <int kThreads>
+__device__ Selection count_selected(const Group& group, SelectSmem<kThreads>& smem,
+                                    const RankedItems& items, unsigned long long threshold) {
+    uint32_t mine = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads)
+        mine += items.reaches(i, threshold);
+    mine = block_sum(smem, mine);
+    if (threadIdx.x == 0) smem.above = mine;
+    group.sync();
+    const GroupSums sums = group.sums(smem.above);
+    return {threshold, sums.before, sums.all};
+}
+
+// The ties of all CTAs to each, when they have told their own.
+template <int kThreads>
+__device__ void gather_ties(const Group& group, SelectSmem<kThreads>& smem) {
+    const int thread = static_cast<int>(threadIdx.x);
+    uint32_t place = threadIdx.x;
+    for (int r = 0; r < group.size; ++r) {
+        const uint32_t count = group.peer(smem.tie_count, r);
+        if (threadIdx.x < count) smem.ties[place] = group.peer(smem.own_ties[thread], r);
+        place += count;
+    }
+    __syncthreads();
+}
+
+// Where it ends within a bin of few items: orders them.
+template <int kThreads>
+__device__ Selection end_among_ties(const Group& group, SelectSmem<kThreads>& smem,
+                                    const RankedItems& items, const RankBins& bins,
+                                    const LastBin& last, const End& end) {
+    static_assert(kThreads >= kMaxTies, "a thread a tie");
+    const bool divided = bins.only >= 0;
+    uint32_t above = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < items.count; i += kThreads) {
+        const float rank = items.ranks[i];
+        if (!RankedItems::is_item(rank)) continue;
+        const int coarse = bins.coarse(rank);
+        int bin = coarse;
+        if (divided)
+            bin = coarse == bins.only ? bins.fine(rank) : coarse < bins.only ? -1 : kRankBins;
+        above += bin < last.bin;
+        if (bin == last.bin) smem.own_ties[atomicAdd(&smem.tie_count, 1u)] = items.key(i, rank);
+    }
+    if (group.size > 1) {
+        above = __reduce_add_sync(0xffffffffu, above);
+        if (threadIdx.x % 32 == 0) atomicAdd(&smem.above, above);
+    }
+    group.sync();
+    if (group.size > 1) gather_ties(group, smem);
+    Selection selection = {0, group.sums(smem.above).before, 0};
+    selection.threshold =
+        order_ties(smem, group.size > 1 ? smem.ties : smem.own_ties, last, end, items.first);
+    selection.before += smem.tie_selected[1];
+    selection.count = last.above + smem.tie_selected[0];
+    return selection;
+}
+
+// Selects the largest items. No rank is above `top`. Masses are for a group of one.
+template <int kThreads>
 __device__ Selection select_largest(const Group& group, SelectSmem<kThreads>& smem,
-                                    SelectExchange* exchange, int count, float top, const End& end,
-                                    KeyOf&& key_of) {
+                                    const RankedItems& items, float top, const End& end) {
     RankBins bins{top, 0.0f, 0.0f, -1};
     LastBin last = {};
 #pragma unroll 1
     for (int level = 0; level < 2; ++level) {
-        count_ranks(group, smem, exchange, bins, count, end.by_mass, key_of);
-        last = find_last_bin(smem, last, level == 1, end);
+        count_ranks(group, smem, bins, items, end.by_mass);
+        last = find_last_bin(group, smem, last, level == 1, end);
         if (level == 1 || last.bin == kRankBins || last.inside <= kMaxTies) break;
         bins.divide(last.bin);
     }
-    const bool divided = bins.only >= 0;
-    const bool ordered = last.bin < kRankBins && last.inside <= kMaxTies;
-    Selection selection = {1, 0, 0};  // everything
-    if (!end.allows(0, 0, end.by_mass ? last.mass_total : 1)) selection.threshold = ~0ull;
-    if (last.bin < kRankBins && !ordered)
-        selection.threshold = bisect(group, smem, exchange, last.mass_total, end, count, key_of);
-    if (ordered) {
-        for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-            const unsigned long long key = key_of(i);
-            if (key == 0) continue;
-            const float rank = rank_of(key);
-            const int coarse = bins.coarse(rank);
-            if (divided ? coarse != bins.only || bins.fine(rank) != last.bin : coarse != last.bin)
-                continue;
-            if (group.size == 1)
-                smem.ties[atomicAdd(&smem.tie_count, 1u)] = key;
-            else
-                exchange->ties[atomicAdd(&exchange->tie_count, 1u)] = key;
-        }
-        group.sync();
-        if (group.size > 1) {
-            for (uint32_t i = threadIdx.x; i < last.inside; i += kThreads)
-                smem.ties[i] = __ldcg(&exchange->ties[i]);
-            __syncthreads();
-        }
-        selection.threshold = order_ties(smem, last, end);
-    }
-    uint32_t mine = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
-        const unsigned long long key = key_of(i);
-        mine += key != 0 && key >= selection.threshold;
-    }
-    selection.count = block_sum(smem, mine);
-    if (group.size == 1) return selection;
-    if (threadIdx.x == 0) exchange->larger[group.rank()] = selection.count;
-    group.sync();
-    selection.count = 0;
-    for (int r = 0; r < group.size; ++r) {
-        const uint32_t theirs = __ldcg(&exchange->larger[r]);
-        selection.count += theirs;
-        if (r < group.rank()) selection.before += theirs;
-    }
-    return selection;
+    if (last.bin < kRankBins && last.inside <= kMaxTies)
+        return end_among_ties(group, smem, items, bins, last, end);
+    unsigned long long threshold = 1;  // everything
+    if (last.bin < kRankBins)
+        threshold = bisect(group, smem, last.mass_total, end, items);
+    else if (!end.allows(0, 0, end.by_mass ? last.mass_total : 1))
+        threshold = ~0ull;
+    return count_selected(group, smem, items, threshold);
 }
 
 // No rank is above it.

@@ -35,7 +35,7 @@ __device__ inline void normalise_units(ShortlistSmem& smem, const Record& record
 // up.
 __device__ void rank_units(const ShortlistSmem& smem, float* ranks, const Record& record, int first,
                            int units, int heads) {
-    constexpr int kBatch = 8;
+    constexpr int kBatch = 4;
     for (int begin = static_cast<int>(threadIdx.x); begin < units;
          begin += kBatch * kShortlistThreads) {
         float rank[kBatch];
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kShortlistThreads)
     extern __shared__ __align__(128) uint8_t smem_bytes[];
     auto& smem = *reinterpret_cast<ShortlistSmem*>(smem_bytes);
     auto* ranks = reinterpret_cast<float*>(smem_bytes + aligned(sizeof(ShortlistSmem)));
-    const Group group{group_size};
+    const Group group{ptx::kHasClusters ? group_size : 1};
     const Item item(params, group.index(), error_word);
     const Record record(workspace, sizes, group.index());
     const int heads = sizes.group, rank = group.rank();
@@ -93,21 +93,18 @@ __global__ void __launch_bounds__(kShortlistThreads)
         return;
     }
     const int candidates = item.span.end_unit() - item.span.first_unit();
-    const int each = (candidates + group_size - 1) / group_size;
+    const int each = (candidates + group.size - 1) / group.size;
     const int first = item.span.first_unit() + min(rank * each, candidates);
     const int units = min(each, item.span.end_unit() - first);
     normalise_units(smem, record, sizes, item, rank == 0);
     rank_units(smem, ranks, record, first, units, heads);
     __syncthreads();
-    const auto key_of = [&](int i) {
-        return order_key(ranks[i], static_cast<uint32_t>(first + i));
-    };
+    const RankedItems items{ranks, units, static_cast<uint32_t>(first)};
     const Selection selection =
-        select_largest(group, smem.select, &record.header->exchange, units,
-                       top_rank(smem.selectable, smem.normaliser, heads),
-                       End{static_cast<uint32_t>(params.shortlist / kUnitKeys), false, 0}, key_of);
+        select_largest(group, smem.select, items, top_rank(smem.selectable, smem.normaliser, heads),
+                       End{static_cast<uint32_t>(params.shortlist / kUnitKeys), false, 0});
     compact(
-        smem.select, units, [&](int i) { return key_of(i) >= selection.threshold; },
+        smem.select, units, [&](int i) { return items.reaches(i, selection.threshold); },
         [&](int i, uint32_t place) {
             record.shortlist[selection.before + place] = first + i;
             // Its keys are scored one by one: as a unit it weighs nothing.
@@ -115,6 +112,7 @@ __global__ void __launch_bounds__(kShortlistThreads)
                 record.unit_scores[static_cast<int64_t>(first + i) * heads + h] = -INFINITY;
         });
     if (threadIdx.x == 0 && rank == 0) record.header->units = static_cast<int32_t>(selection.count);
+    group.end();
 }
 
 // CTAs that make a shortlist: more where there are few items, or many units.

@@ -12,7 +12,6 @@
 #pragma once
 
 #include "condensate/decode.h"
-#include "kernels/decode/selected/group.h"
 
 namespace condensate::kernels::decode {
 
@@ -31,22 +30,7 @@ struct alignas(16) ScoreSums {
     float unused;
 };
 
-constexpr int kRankBins = 1024;
-constexpr int kMaxTies = 256;    // of a bin that are ordered at once; more are divided, or bisected
-constexpr int kBisections = 64;  // bits of an order key
-
-// One selection of the largest among items of all CTAs of a group; zero before it.
-struct SelectExchange {
-    uint32_t bins[2][kRankBins];  // of all ranks, and of one bin of them
-    uint32_t tie_count;
-    uint32_t larger[kMaxGroupCtas];  // items of each CTA above the last bin
-    uint32_t bisect_count[kBisections];
-    uint32_t unused;
-    unsigned long long ties[kMaxTies];  // order keys; not cleared
-};
-
 struct Header {
-    SelectExchange exchange;           // of the shortlist, where a cluster makes it
     uint32_t attended;                 // slices that are done
     int32_t units;                     // shortlisted
     int32_t rows;                      // listed, anchors and recent keys among them
