@@ -1,4 +1,4 @@
-"""The demo on the shipped layer."""
+"""The demo on its layer, which is a package of its own."""
 
 import builtins
 import sys
@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 from condensate_ext import captured, cli, demo
+
+pytest.importorskip(captured.PACKAGE, reason="pip install ./examples/demo_layer")
 
 
 def hide_module(monkeypatch, name):
@@ -60,6 +62,12 @@ def test_missing_rich_is_said(monkeypatch, capsys):
     hide_module(monkeypatch, "rich")
     assert demo.main([]) == 1
     assert "pip install rich" in capsys.readouterr().out
+
+
+def test_a_missing_layer_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(captured, "PACKAGE", "no_such_package")
+    assert demo.main([]) == 1
+    assert "pip install ./examples/demo_layer" in capsys.readouterr().out
 
 
 def test_dense_attention_aligns_queries_to_the_last_keys():

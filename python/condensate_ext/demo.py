@@ -201,11 +201,10 @@ def draw_support(layer: CapturedLayer, path: Path) -> str:
     return f"The support of one head with {DRAWN_KEYS} keys per query: {path}"
 
 
-def run_layer(options: argparse.Namespace) -> int:
+def run_layer(options: argparse.Namespace, shipped: CapturedLayer) -> int:
     from rich.console import Console
 
     console = Console(width=max(100, Console().width))
-    shipped = captured.load()
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.no_grad():
@@ -254,7 +253,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("The demo prints with rich, which is not installed: `pip install rich` adds it.")
         return 1
     if options.model is None:
-        return run_layer(options)
+        try:
+            shipped = captured.load()
+        except ImportError as error:
+            print(f"Nothing to show: {error}")
+            return 1
+        return run_layer(options, shipped)
     from condensate_ext import demo_model
 
     return demo_model.run(options)
