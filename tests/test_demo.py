@@ -1,4 +1,4 @@
-"""The demo on the shipped layer."""
+"""The demo on its layer, which is a package of its own."""
 
 import builtins
 import sys
@@ -7,6 +7,8 @@ import pytest
 import torch
 from condensate_ext import captured, cli
 from condensate_ext.commands import demo
+
+pytest.importorskip(captured.PACKAGE, reason="pip install ./examples/demo_layer")
 
 
 def hide_module(monkeypatch, name):
@@ -63,6 +65,12 @@ def test_missing_typer_is_said(monkeypatch, capsys):
     hide_module(monkeypatch, "typer")
     assert cli.main(["demo"]) == 1
     assert "pip install typer" in capsys.readouterr().out
+
+
+def test_a_missing_layer_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(captured, "PACKAGE", "no_such_package")
+    assert demo.main([]) == 1
+    assert "pip install ./examples/demo_layer" in capsys.readouterr().out
 
 
 def test_dense_attention_aligns_queries_to_the_last_keys():

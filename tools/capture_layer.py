@@ -1,4 +1,4 @@
-"""Captures one layer's Q, K, V of a causal LM on a text: the input of the shipped demo.
+"""Captures one layer's Q, K, V of a causal LM on a text: the input of the demo.
 
 `python tools/capture_layer.py --model DIR --text FILE [--layer N]`
 
@@ -20,7 +20,8 @@ from condensate_ext.evaluate import make_needles
 from condensate_ext.model_files import load_causal_lm
 from torch import Tensor
 
-OUTPUT = Path(__file__).resolve().parent.parent / "python/condensate_ext/data/captured_layer.npz"
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "examples/demo_layer/condensate_ext_demo/captured_layer.npz"
 WINDOW, ANCHORS = 256, 64
 
 Layer = tuple[Tensor, Tensor, Tensor]

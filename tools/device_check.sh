@@ -81,7 +81,8 @@ for name in $sections; do
         sanitize) section sanitize 450 bash -c sanitize ;;
         scorecard) section scorecard 560 "$python" -m tools.scorecard --device cuda --size full \
             --seconds "${SECONDS_OF_SCORECARD:-420}" --docs "$out" ;;
-        demo) section demo 120 env -C "$out" "$python" -m condensate_ext demo ;;
+        demo) "$python" -m pip install -q --no-build-isolation --no-index --no-deps \
+            ./examples/demo_layer && section demo 120 env -C "$out" "$python" -m condensate_ext demo ;;
         *) echo "unknown section '$name'; use test, bench, decode, quick, fidelity, stages, sanitize, scorecard or demo" && exit 2 ;;
     esac
 done

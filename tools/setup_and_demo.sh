@@ -14,5 +14,5 @@ if [ -z "${CONDENSATE_ARCHS:-}" ] && [ -z "${CONDENSATE_CUDA:-}" ]; then
         export CONDENSATE_CUDA=OFF
     fi
 fi
-python -m pip install -q --no-build-isolation .
+python -m pip install -q --no-build-isolation . ./examples/demo_layer
 python -m condensate_ext demo "$@"

@@ -27,6 +27,9 @@ mypy --explicit-package-bases --follow-imports=silent -p tools.scorecard
 step "every header compiles alone"
 python tools/check_headers.py
 
+step "documentation site, with its links checked"
+bash tools/docs.sh
+
 step "C++ tests under ASan and UBSan"
 cmake -S . -B "$work/sanitize" -G Ninja -DCONDENSATE_CUDA=OFF -DCONDENSATE_BUILD_PYTHON=OFF \
     -DCONDENSATE_BUILD_TESTS=ON -DCONDENSATE_BUILD_BENCH=ON -DCONDENSATE_SANITIZE=ON \
@@ -34,6 +37,11 @@ cmake -S . -B "$work/sanitize" -G Ninja -DCONDENSATE_CUDA=OFF -DCONDENSATE_BUILD
 cmake --build "$work/sanitize" -j "$jobs" | tail -n 3
 ctest --test-dir "$work/sanitize" -j "$jobs" --output-on-failure | tail -n 12
 "$work/sanitize/gpu_check" # its CPU half: the driver itself must be clean
+
+step "a C++ program of its own"
+cmake -S examples/cpp -B "$work/example" -G Ninja >"$work/example-configure.log"
+cmake --build "$work/example" -j "$jobs" | tail -n 1
+"$work/example/attention_example" | tail -n 1
 
 step "wheel"
 rm -rf "$work/wheel" "$work/wheel-build" # a full build, so that the log names every kernel
@@ -47,11 +55,14 @@ else
     loudly "nvcc was not found: the CUDA kernels were NOT compiled and NOT checked"
 fi
 
+python tools/check_wheel.py "$work"/wheel/condensate_ext-*.whl
+
 step "clean environment"
 rm -rf "$work/clean"
 "${PYTHON:-python3}" -m venv "$work/clean"
 wheel=$(echo "$PWD/$work"/wheel/condensate_ext-*.whl)
 "$work/clean/bin/python" -m pip install -q "torch==$TORCH_VERSION" "$wheel[demo,test]" jsonschema
+"$work/clean/bin/python" -m pip install -q ./examples/demo_layer
 deactivate
 clean="$PWD/$work/clean/bin/python"
 (cd "$work/clean" && "$clean" -m condensate_ext doctor && "$clean" -m condensate_ext demo)

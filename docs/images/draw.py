@@ -50,7 +50,7 @@ def legend(axes: Axes, colours: list[str]) -> None:
 
 
 def prefill() -> None:
-    _figure, axes = plt.subplots(figsize=(7, 3.6))
+    _, axes = plt.subplots(figsize=(7, 3.6))
     cells(axes, [[kind(tile, block) for block in range(BLOCKS)] for tile in range(TILES)])
     axes.set(xlabel="blocks of 64 keys", ylabel="tiles of queries")
     legend(axes, list(NAMES))
@@ -59,7 +59,7 @@ def prefill() -> None:
 
 def pools() -> None:
     """One row of keys, and what of it enters the softmax."""
-    _figure, (above, below) = plt.subplots(2, 1, figsize=(7, 2.2), height_ratios=(1, 1))
+    _, (above, below) = plt.subplots(2, 1, figsize=(7, 2.2), height_ratios=(1, 1))
     row = [kind(TILES - 1, block) for block in range(BLOCKS)]
     cells(above, [row])
     above.set_title("keys of one query", loc="left", fontsize=10)

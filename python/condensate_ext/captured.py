@@ -1,7 +1,7 @@
-"""The attention layer that ships with the package: queries, keys and values of a trained model.
+"""The attention layer that the demo shows: queries, keys and values of a trained model.
 
-`tools/capture_layer.py` wrote it. The text asks at its end for a code stated far before; the layer
-is one whose heads look it up.
+It is a package of its own, `examples/demo_layer`; `tools/capture_layer.py` wrote it. The text asks
+at its end for a code stated far before; the layer is one whose heads look it up.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PACKAGE = "condensate_ext_demo"
 HEAD = 1  # a head that looks the statement up, the one worth drawing
 
 
 @dataclass(frozen=True)
 class CapturedLayer:
-    """One layer of a text; the shapes in brackets are those of the shipped one."""
+    """One layer of a text; the shapes in brackets are those of the demo's."""
 
     query: Tensor  # [1, 8, 1024, 128] float32, positions encoded: the last queries of the text
     key: Tensor  # [1, 2, 6144, 128] float32
@@ -36,8 +37,18 @@ def _dequantise(arrays: Any, name: str) -> Tensor:
 
 
 def load() -> CapturedLayer:
-    """Reads the shipped layer; rows are int8 with a scale each, so close to the model's own."""
-    source = resources.files("condensate_ext") / "data" / "captured_layer.npz"
+    """Reads the layer; rows are int8 with a scale each, so close to the model's own.
+
+    Raises:
+        ImportError: its package is not installed.
+    """
+    try:
+        source = resources.files(PACKAGE) / "captured_layer.npz"
+    except ModuleNotFoundError:
+        raise ImportError(
+            f"the demo's layer is in the package {PACKAGE}, which is not installed; in the source "
+            "tree `pip install ./examples/demo_layer` adds it, or pass --model and --text."
+        ) from None
     with resources.as_file(source) as path, np.load(path) as arrays:
         begin, end = (int(position) for position in arrays["statement"])
         return CapturedLayer(

@@ -197,10 +197,9 @@ def draw_support(layer: CapturedLayer, path: Path) -> str:
     return f"The support of one head with {DRAWN_KEYS} keys per query: {path}"
 
 
-def run_layer(device_name: str, png: Path) -> int:
-    """The shipped layer: a table and a picture."""
+def run_layer(shipped: CapturedLayer, device_name: str, png: Path) -> int:
+    """The demo's layer: a table and a picture."""
     shown = console.console()
-    shipped = captured.load()
     device = torch.device(device_name)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.no_grad():
@@ -248,12 +247,17 @@ def command(
 ) -> None:
     """Shows what is attended.
 
-    On a layer of a trained model, which ships with the package, what is attended, what is
+    On a layer of a trained model, a package of its own, what is attended, what is
     left out and what that saves; with --model compares a language model with itself.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model is None:
-        raise typer.Exit(run_layer(device, png))
+        try:
+            shipped = captured.load()
+        except ImportError as error:
+            print(f"Nothing to show: {error}")
+            raise typer.Exit(console.FAILED) from None
+        raise typer.Exit(run_layer(shipped, device, png))
     from condensate_ext.commands import demo_model
 
     try:
