@@ -60,7 +60,7 @@ def evaluated(one_thread, folder, tmp_path_factory):
     """A budget that covers the context beside one that does not, every protocol."""
     pytest.importorskip("matplotlib")
     output = tmp_path_factory.mktemp("evaluation")
-    more = ("--budgets", "384", "640", "--no-far-field")
+    more = ("--budgets", "384", "640", "--no-far-field", "--shortlist", "64")
     assert cli.main(small(folder, output, *more)) == 0
     return output, json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
 
@@ -187,8 +187,8 @@ def no_weights(monkeypatch):
         (["--text", "nowhere"], r"--text nowhere is no file"),
         (["--budgets", "300"], r"budget: 300 keys do not hold .* use at least 320"),
         (["--protocols", "decode", "needle"], r"--protocols needle is none: use .*needles"),
-        (["--selectors", "quests"], r'model \(llama\): attention: selector is "quests"'),
-        (["--top-p", "2"], r"model \(llama\): attention: top_p is 2"),
+        (["--selectors", "quests"], r'model \(llama\): condensed_attention: selector is "quests"'),
+        (["--top-p", "2"], r"model \(llama\): condensed_attention: top_p is 2"),
         (["--dtype", "int8"], r"--dtype int8 is none: use float32"),
     ],
 )
@@ -374,7 +374,7 @@ def test_trained_model_retrieves_and_keeps_its_distribution():
     trained = subject.load(
         model, data, context=1024, documents=1, batch=2, dtype="float32", device="cpu"
     )
-    budget = policies.policy("block", 512, far_field=False)
+    budget = policies.policy("block", 512, far_field=False, shortlist=256)
     blind = {**budget, "topk": 0}
     decoded = protocols.decode(trained, [budget, blind], 4)
     control, kept, blinded = (r["kl"] for r in decoded)

@@ -51,6 +51,13 @@ def command(
     top_p: Annotated[
         float | None, typer.Option(help="Softmax mass at which a list ends. Default: none.")
     ] = None,
+    shortlist: Annotated[
+        int | None,
+        typer.Option(
+            help="Keys that a decoding step scores to find its tokens, or as many as it lists. "
+            "Default: 4096. Contexts that it holds beside anchors and window are decoded densely."
+        ),
+    ] = None,
     decode_tokens: Annotated[int, typer.Option(help="Tokens of decode and prefill.")] = 512,
     needles: Annotated[int, typer.Option(help="Questions a document.")] = 12,
     new_tokens: Annotated[int, typer.Option(help="Tokens of a continuation.")] = 128,
@@ -90,7 +97,7 @@ def command(
         model=model, text=text, device=device, dtype=dtype or default_dtype(device),
         context=context, documents=documents, batch=batch, selectors=tuple(selectors),
         budgets=tuple(budgets), protocols=tuple(protocols), far_field=far_field, top_p=top_p,
-        decode_tokens=decode_tokens, needles=needles, new_tokens=new_tokens,
+        shortlist=shortlist, decode_tokens=decode_tokens, needles=needles, new_tokens=new_tokens,
         needle_form=needle_form, chat=chat, tasks=tuple(tasks), task_limit=task_limit,
     )  # fmt: skip
     raise typer.Exit(run(settings, output))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condensate_ext.evaluate.policies import Policy, effective
+from condensate_ext.evaluate.policies import Policy, effective, of_prompts
 from condensate_ext.evaluate.runs import decode_logits, prefill
 from condensate_ext.evaluate.support import lists
 from condensate_ext.ops import attention
@@ -32,7 +32,7 @@ def mean_keys(model: Any, ids: Tensor, policy: Policy, decode_tokens: int = 16) 
     def counted(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
         _, counts = lists(query, key, policy, scale=scale)
         blocks.append(counts.double().mean())
-        return attention(query, key, value, scale=scale, **policy)
+        return attention(query, key, value, scale=scale, **of_prompts(policy))
 
     cache = prefill(model, ids[:, :-decode_tokens])
     with replaced_attention(model, counted):

@@ -44,6 +44,7 @@ class Settings:
     protocols: tuple[str, ...]
     far_field: bool | None = None
     top_p: float | None = None
+    shortlist: int | None = None
     decode_tokens: int = 512
     needles: int = 12
     new_tokens: int = 128
@@ -83,10 +84,13 @@ class Settings:
     def policies(self) -> list[Policy]:
         """One a selector and budget; raises ValueError for budgets that do not do."""
         return [
-            policy(selector, keys, far_field=self.far_field, top_p=self.top_p)
+            policy(
+                selector, keys,
+                far_field=self.far_field, top_p=self.top_p, shortlist=self.shortlist,
+            )
             for selector in self.selectors
             for keys in self.budgets
-        ]
+        ]  # fmt: skip
 
 
 class Evaluation:

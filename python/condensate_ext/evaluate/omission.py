@@ -18,7 +18,7 @@ from torch import Tensor
 
 from condensate_ext.audit import mean_interval
 from condensate_ext.diagnostics import last_plan
-from condensate_ext.evaluate.policies import Policy, condenses
+from condensate_ext.evaluate.policies import Policy, condenses, of_prompts
 from condensate_ext.evaluate.runs import Advance, silent
 from condensate_ext.evaluate.support import attended_lse
 from condensate_ext.ops import attention_forward
@@ -71,7 +71,9 @@ def _measured(
     query: Tensor, key: Tensor, value: Tensor, policy: Policy, rows: Tensor, scale: float | None
 ) -> list[Tensor]:
     """Of some rows: output ``[heads, rows, D]``, omitted mass, its estimate ``[heads, rows]``."""
-    out, lse, estimate = attention_forward(query, key, value, scale=scale, **policy)
+    out, lse, estimate = attention_forward(
+        query, key, value, scale=scale, **of_prompts(policy)
+    )
     if (
         condenses(policy) and not last_plan().attends_all
     ):  # its log-sum-exp holds the pools, which are not attended

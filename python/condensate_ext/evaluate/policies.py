@@ -16,12 +16,17 @@ _BLOCK = 64
 
 
 def policy(
-    selector: str, keys: int, *, far_field: bool | None = None, top_p: float | None = None
+    selector: str,
+    keys: int,
+    *,
+    far_field: bool | None = None,
+    top_p: float | None = None,
+    shortlist: int | None = None,
 ) -> Policy:
     """``keys`` per query in all: 64 anchors, a window of 256 and the selected ones.
 
-    ``far_field`` and ``top_p`` are named in the policy only when given, so that the operator's own
-    defaults hold.
+    A ``shortlist``, which is of decoding steps, holds at least the selected keys. Arguments that
+    are None are not named in the policy, so that the operator's own defaults hold.
 
     Raises:
         ValueError: the budget is too small, or not made of whole blocks where it must be.
@@ -39,7 +44,9 @@ def policy(
             f"and selector '{selector}' takes whole blocks of {_BLOCK}; use {below} or "
             f"{below + _BLOCK}."
         )
-    given = {"far_field": far_field, "top_p": top_p}
+    if shortlist is not None:
+        shortlist = max(shortlist, -(-topk // 8) * 8)
+    given = {"far_field": far_field, "top_p": top_p, "shortlist": shortlist}
     return {
         "window": WINDOW,
         "anchors": ANCHORS,
@@ -52,6 +59,11 @@ def policy(
 def covering(context: int, selector: str = "block") -> Policy:
     """A budget that reaches every key of ``context`` tokens: it must equal dense attention."""
     return {"topk": (context + _BLOCK - 1) // _BLOCK * _BLOCK, "selector": selector}
+
+
+def of_prompts(chosen: Policy) -> Policy:
+    """The arguments of ``attention``: all but those of decoding steps."""
+    return {name: value for name, value in chosen.items() if name != "shortlist"}
 
 
 def effective(chosen: Policy, argument: str) -> Any:

@@ -56,6 +56,7 @@ def record(protocol: str, variant: Variant, **values: Any) -> Record:
         "keys": None if policy is None else keys_per_query(policy),
         "far_field": None if policy is None else effective(policy, "far_field"),
         "top_p": None if policy is None else effective(policy, "top_p"),
+        "shortlist": None if policy is None else policy.get("shortlist"),
         **dict.fromkeys(FIELDS),
         **values,
     }

@@ -199,7 +199,10 @@ def layer_of(key: Tensor, value: Tensor) -> Summarised | None:
 
 def keep_summaries(cache: Cache, index: int) -> None:
     """Makes layer ``index`` of a cache one that keeps summaries, if it is a plain one."""
-    if getattr(cache, "offloading", False):
+    own = getattr(cache, "self_attention_cache", cache)  # a decoder's, beside that of an encoder
+    if own is not cache:
+        return keep_summaries(own, index)
+    if cache.offloading:
         return
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layer_class_to_replicate = CondensedLayer

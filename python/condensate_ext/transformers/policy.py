@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from condensate_ext._defaults import ANCHORS, CACHE_TOPK, SHORTLIST, TOPK, WINDOW
-from condensate_ext._selectors import Selector, selector_number
+from condensate_ext._selectors import SELECTORS, Selector
 
 _UNIT = 8
 
@@ -55,7 +55,11 @@ class Policy:
                     f"shortlist is {self.shortlist}, expected at least topk "
                     f"({self.decode_topk}); raise it or lower topk."
                 )
-        selector_number("policy", self.selector)
+        if self.selector not in SELECTORS:
+            raise ValueError(
+                f'selector is "{self.selector}", expected "block", "quest", "mean" or "exact"; '
+                '"block" is the default.'
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1], or None.")
         if self.far_field and self.selector == "exact":
