@@ -85,6 +85,15 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
+@pytest.fixture(scope="module")
+def ending(folder):
+    """The same, whose tokenizer names a token that ends a text."""
+    made = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    made.eos_token = "<s>"
+    made.save_pretrained(folder / "model")
+    return folder
+
+
 def run(folder, output, *more):
     return cli.main([
         "evaluate", "--model", str(folder / "model"), "--text", str(folder / "text.txt"),
@@ -151,20 +160,25 @@ def test_missing_lm_eval_is_said_before_anything_is_loaded(folder, tmp_path, mon
     assert "pip install lm_eval" in capsys.readouterr().out
 
 
+def test_tokenizers_without_an_end_are_refused():
+    with pytest.raises(ValueError, match=r"no token that ends a text.*set its eos_token"):
+        tasks.open_tasks(["niah_single_1"], tiny_lm.make_tokenizer(), 600)
+
+
 @pytest.mark.slow
-def test_a_generated_task_runs_and_is_dense_under_a_covering_budget(folder, tmp_path, capsys):
+def test_a_generated_task_runs_and_is_dense_under_a_covering_budget(ending, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     pytest.importorskip("wonderwords")
     more = ("--protocols", "prefill", "--decode-tokens", "2", "--task-limit", "2")
     path = tmp_path / "x.json"
-    assert run(folder, path, *more, "--tasks", "niah_single_1") == 0
+    assert run(ending, path, *more, "--tasks", "niah_single_1") == 0
     records = [
         r for r in json.loads(path.read_text(encoding="utf-8"))["records"]
         if r["protocol"] == "task niah_single_1"
     ]  # fmt: skip
     assert [(r["selector"], r["documents"]) for r in records] == [("dense", 2), ("block", 2)]
     assert records[0]["score"] == records[1]["score"]
-    assert run(folder, path, *more, "--tasks", "niah_singel") == 2
+    assert run(ending, path, *more, "--tasks", "niah_singel") == 2
     assert "niah_singel is no task" in capsys.readouterr().err
 
 

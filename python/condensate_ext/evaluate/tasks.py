@@ -33,8 +33,14 @@ def open_tasks(names: Sequence[str], tokenizer: Any, context: int) -> dict[str, 
 
     Raises:
         ImportError: lm-eval or what a task needs is not installed.
-        ValueError: a name is unknown, or a task's data is not at hand.
+        ValueError: the tokenizer has no token that ends a text, a name is unknown, or
+            a task's data is not at hand.
     """
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            "--tasks: the tokenizer has no token that ends a text, which lm-eval needs; set its "
+            "eos_token."
+        )
     # Before the libraries read them: nothing is fetched that is not at hand.
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(name, "1")
