@@ -61,13 +61,12 @@ void summarise_block(const BlockSummaryParams& p, const TileOps& ops, int64_t it
     ops.load_rows(p.dtype, element(p.key, p.dtype, batch, head, begin), p.key.stride_seq,
                   static_cast<int>(keys), dim, scratch.keys, dim);
 
-    if (p.selector == Selector::kQuest) {
-        store_units(p, kQuestUnits, item, keys, bounds_unit, scratch);
-    } else if (p.selector == Selector::kMean) {
-        store_units(p, kMeanUnits, item, keys, mean_unit, scratch);
+    const ScoringLevels levels = scan_levels(p.selector);
+    if (selector_traits(p.selector).content == UnitContent::kBounds) {
+        store_units(p, levels.mass, item, keys, bounds_unit, scratch);
     } else {
-        for (UnitLevel level : {kShortUnits, kCoarseUnits})
-            store_units(p, level, item, keys, mean_unit, scratch);
+        store_units(p, levels.mass, item, keys, mean_unit, scratch);
+        if (has_two_levels(p.selector)) store_units(p, levels.norm, item, keys, mean_unit, scratch);
     }
 }
 

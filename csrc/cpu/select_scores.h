@@ -131,7 +131,7 @@ class SelectScores {
         }
         for (int64_t d = 0; d < dim; ++d)
             sum[d] = round_to(p_.dtype, sum[d] / static_cast<float>(end - first));
-        if (params_.selector == Selector::kQuest)
+        if (selector_traits(params_.selector).content == UnitContent::kBounds)
             for (int64_t d = 0; d < dim; ++d) {
                 float x = sum[d];
                 sum[d] = x < 0 ? 0.0f : x;

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <initializer_list>
+#include <string>
 
 #include "host/status.h"
 
@@ -203,13 +204,25 @@ Status validate_heads(const char* op, int64_t query_heads, const char* kv_name, 
                        kMaxGroup);
 }
 
+std::string block_selector_names() {
+    std::string names;
+    for (Selector selector : kSelectors) {
+        if (!is_block_selector(selector)) continue;
+        const std::string name = std::string("\"") + selector_traits(selector).name + "\"";
+        const size_t last = names.rfind(" or ");
+        if (last != std::string::npos) names.replace(last, 4, ", ");
+        names += (names.empty() ? "" : " or ") + name;
+    }
+    return names;
+}
+
 Status validate_block_selector(const char* op, Selector selector) {
-    if (selector == Selector::kBlock || selector == Selector::kQuest || selector == Selector::kMean)
-        return {};
+    if (is_block_selector(selector)) return {};
     return make_status(StatusCode::kInvalidArgument,
-                       "%s: selector is %s, expected \"block\", \"quest\" or \"mean\"; \"exact\" "
-                       "selects single keys: pass selector=\"exact\" to attention.",
-                       op, selector == Selector::kExact ? "\"exact\"" : "unknown");
+                       "%s: selector is %s, expected %s; \"exact\" selects single keys: pass "
+                       "selector=\"exact\" to attention.",
+                       op, selector == Selector::kExact ? "\"exact\"" : "unknown",
+                       block_selector_names().c_str());
 }
 
 Status validate_ranking_scale(const char* op, float scale, Selector selector) {

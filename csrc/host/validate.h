@@ -3,6 +3,8 @@
 // value, what is allowed and the fix. No tensor content is read.
 #pragma once
 
+#include <string>
+
 #include "condensate/params.h"
 
 namespace condensate {
@@ -20,6 +22,8 @@ Status validate(const MergeStatesParams& params);
 
 // `kv_name` is the tensor that has the KV heads.
 Status validate_heads(const char* op, int64_t query_heads, const char* kv_name, int64_t kv_heads);
+// Names of the selectors that list blocks, quoted, as in a sentence: "a", "b" or "c".
+std::string block_selector_names();
 // One that lists blocks.
 Status validate_block_selector(const char* op, Selector selector);
 // Positive where blocks are ranked; that it is finite is checked with the problem.

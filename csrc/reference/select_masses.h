@@ -57,7 +57,7 @@ struct Tile {
 
 // Quest scores by max(q,0)·max + min(q,0)·min: a dot product over a vector of twice the size.
 inline std::vector<float> scoring_vector(const std::vector<float>& mean, Selector selector) {
-    if (selector != Selector::kQuest) return mean;
+    if (selector_traits(selector).content != UnitContent::kBounds) return mean;
     std::vector<float> split;
     for (float x : mean) split.push_back(x > 0 || x != x ? x : 0.0f);
     for (float x : mean) split.push_back(x < 0 || x != x ? x : 0.0f);

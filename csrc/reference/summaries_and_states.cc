@@ -9,7 +9,7 @@
 namespace condensate::reference {
 namespace {
 
-// One element of one unit: the mean, or for quest the maximum and the minimum (NaN wins).
+// One element of one unit: the mean, or of bounds the maximum and the minimum (NaN wins).
 template <class Acc>
 void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, UnitLevel level,
                int64_t unit, int64_t d) {
@@ -26,7 +26,7 @@ void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, UnitLevel
     const int64_t row = summary_row(level, rows_per_block(params.selector), unit);
     const int64_t dim = summary_dim(params.selector, static_cast<int>(params.head_dim));
     const int64_t at = ((b * params.kv_heads + h) * rows + row) * dim + d;
-    if (params.selector == Selector::kQuest) {
+    if (selector_traits(params.selector).content == UnitContent::kBounds) {
         store_number(params.dtype, params.summaries, at, high);
         store_number(params.dtype, params.summaries, at + params.head_dim, low);
     } else {
@@ -36,9 +36,9 @@ void summarise(const BlockSummaryParams& params, int64_t b, int64_t h, UnitLevel
 }
 
 std::vector<UnitLevel> levels_of(Selector selector) {
-    if (selector == Selector::kQuest) return {kQuestUnits};
-    if (selector == Selector::kMean) return {kMeanUnits};
-    return {kShortUnits, kCoarseUnits};
+    const ScoringLevels levels = scan_levels(selector);
+    if (!has_two_levels(selector)) return {levels.mass};
+    return {levels.mass, levels.norm};
 }
 
 }  // namespace

@@ -26,8 +26,8 @@ inline void check_budget(const char* op, const Budget& budget, Selector selector
     const char* name = budget.top_p ? "top_p" : "topk_per_head";
     fail(op, std::string(name) +
                  " is given with selector=\"exact\", expected None there, as it cuts lists of "
-                 "blocks and \"exact\" selects single keys; pass None, or selector=\"block\", "
-                 "\"quest\" or \"mean\".");
+                 "blocks and \"exact\" selects single keys; pass None, or selector=" +
+                 block_selector_names() + ".");
 }
 
 // What a checked budget says about lists: the mass that they must hold (0: none is asked for), and
@@ -50,9 +50,10 @@ inline bool resolve_far_field(const char* op, const std::optional<bool>& far_fie
     const bool lists_blocks = selector != Selector::kExact;
     if (far_field.value_or(false) && !lists_blocks)
         fail(op,
-             "far_field is True with selector=\"exact\", expected None or False there, as the far "
-             "field condenses blocks and \"exact\" selects single keys; pass far_field=None, or "
-             "selector=\"block\", \"quest\" or \"mean\".");
+             "far_field is True with selector=\"exact\", expected None or False there, as the "
+             "far field condenses blocks and \"exact\" selects single keys; pass "
+             "far_field=None, or selector=" +
+                 block_selector_names() + ".");
     return far_field.value_or(lists_blocks);
 }
 

@@ -2,10 +2,12 @@
 
 #include <cctype>
 #include <cmath>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
 #include "condensate/geometry.h"
+#include "condensate/selectors.h"
 #include "host/validate.h"
 
 namespace condensate::ops {
@@ -139,10 +141,16 @@ void check_contiguous(const Argument& a, ScalarType type, const Argument& refere
 }
 
 Selector parse_selector(const char* op, int64_t number) {
-    if (number >= 0 && number <= static_cast<int64_t>(Selector::kExact))
-        return static_cast<Selector>(number);
-    fail(op, "selector is " + std::to_string(number) +
-                 ", expected 0 (block), 1 (quest), 2 (mean) or 3 (exact); 0 is the default.");
+    std::string known;  // "0 (a), 1 (b) or 2 (c)"
+    for (Selector selector : kSelectors) {
+        const auto own = static_cast<int64_t>(selector);
+        if (number == own) return selector;
+        const bool last = selector == kSelectors[std::size(kSelectors) - 1];
+        if (own > 0) known += last ? " or " : ", ";
+        known += std::to_string(own) + " (" + selector_traits(selector).name + ")";
+    }
+    fail(op,
+         "selector is " + std::to_string(number) + ", expected " + known + "; 0 is the default.");
 }
 
 float resolve_scale(const std::optional<double>& scale, int64_t head_dim) {

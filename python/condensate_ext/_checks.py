@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from condensate_ext._selectors import SELECTORS
+from condensate_ext._selectors import BLOCK_NAMES, SELECTORS, listed
 
 BLOCK_KEYS = 64
 MAX_GROUP = 64
@@ -169,8 +169,9 @@ def selector(op: str, number: int) -> None:
     if number not in SELECTORS.values():
         fail(
             op,
-            f"selector is {number}, expected 0 (block), 1 (quest), 2 (mean) or 3 (exact); 0 is the "
-            "default.",
+            f"selector is {number}, expected "
+            + listed([f"{own} ({name})" for name, own in SELECTORS.items()])
+            + "; 0 is the default.",
         )
 
 
@@ -178,8 +179,8 @@ def block_selector(op: str, number: int) -> None:
     if number == _EXACT:
         fail(
             op,
-            'selector is "exact", expected "block", "quest" or "mean"; "exact" selects single '
-            'keys: pass selector="exact" to attention.',
+            f'selector is "exact", expected {BLOCK_NAMES}; "exact" selects single keys: pass '
+            'selector="exact" to attention.',
         )
 
 
@@ -189,7 +190,7 @@ def far_field(op: str, wanted: bool | None, number: int) -> None:
             op,
             'far_field is True with selector="exact", expected None or False there, as the far '
             'field condenses blocks and "exact" selects single keys; pass far_field=None, or '
-            'selector="block", "quest" or "mean".',
+            f"selector={BLOCK_NAMES}.",
         )
 
 
@@ -220,7 +221,7 @@ def budget(op: str, keys: Any, per_head: Tensor | None, top_p: float | None, num
     fail(
         op,
         f'{name} is given with selector="exact", expected None there, as it cuts lists of blocks '
-        'and "exact" selects single keys; pass None, or selector="block", "quest" or "mean".',
+        f'and "exact" selects single keys; pass None, or selector={BLOCK_NAMES}.',
     )
 
 

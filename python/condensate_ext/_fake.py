@@ -16,15 +16,10 @@ from torch import Tensor
 from condensate_ext import _checks as checks
 from condensate_ext._checks import BLOCK_KEYS, Argument
 from condensate_ext._defaults import ANCHORS, CACHE_TOPK, TOPK, WINDOW
-from condensate_ext._selectors import SELECTORS
+from condensate_ext._selectors import ROWS_PER_BLOCK, SELECTORS
 
 TILE_ROWS = 128
 MAX_TILE_POSITIONS = 64
-ROWS_PER_BLOCK = {  # of the summaries, by the selector's number
-    SELECTORS["block"]: 8 + 1,
-    SELECTORS["quest"]: 4,
-    SELECTORS["mean"]: 1,
-}
 
 
 def tile_positions(group: int) -> int:

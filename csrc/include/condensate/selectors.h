@@ -98,6 +98,30 @@ CONDENSATE_HOST_DEVICE int summary_dim(Selector selector, int head_dim) {
 CONDENSATE_HOST_DEVICE constexpr ScoringLevels scan_levels(Selector selector) {
     return selector_traits(selector).scan;
 }
+// Do summaries hold two levels of units, `mass` and `norm`, or one that is both?
+CONDENSATE_HOST_DEVICE constexpr bool has_two_levels(Selector selector) {
+    return scan_levels(selector).norm.keys != scan_levels(selector).mass.keys;
+}
+
+template <Selector kSelector_>
+struct SelectorConstant {
+    static constexpr Selector kSelector = kSelector_;
+};
+// Calls `visit` with the SelectorConstant of a selector of blocks that is known only at run time;
+// returns Result{} for any other.
+template <class Result, int kIndex = 0, class Visit>
+Result with_block_selector(Selector selector, Visit visit) {
+    constexpr Selector kSelector = kSelectors[kIndex];
+    if constexpr (selector_traits(kSelector).lists_blocks) {
+        if (selector == kSelector) return visit(SelectorConstant<kSelector>{});
+    }
+    if constexpr (kIndex + 1 < static_cast<int>(sizeof(kSelectors) / sizeof(Selector)))
+        return with_block_selector<Result, kIndex + 1>(selector, visit);
+    return Result{};
+}
+inline bool is_block_selector(Selector selector) {
+    return with_block_selector<bool>(selector, [](auto) { return true; });
+}
 
 // Whole blocks of a budget in keys, at most `most`.
 CONDENSATE_HOST_DEVICE int64_t budget_blocks(int64_t keys, int64_t most) {

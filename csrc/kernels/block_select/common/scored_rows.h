@@ -86,7 +86,7 @@ __device__ __forceinline__ void load_pooled_queries(uint32_t tile_smem,
                                                     const PooledRows& pooled, int first_row) {
     using T = typename Traits::T;
     constexpr int kChunks = Traits::kDim / 8, kRowLanes = 4;  // of 8 channels; that share a row
-    constexpr bool kQuest = Traits::kSelector == Selector::kQuest;
+    constexpr bool kQuest = selector_traits(Traits::kSelector).content == UnitContent::kBounds;
     const int query_chunks = static_cast<int>(params.problem.head_dim / 8);
     const int warp_row = static_cast<int>(threadIdx.x) / 32 * Traits::kWarpRows;
     const int lane = threadIdx.x & 31;

@@ -68,10 +68,7 @@ struct RowTraits {
 template <class T, int kDim, int kWarps, Selector kSelector, bool kWgmma = false>
 struct ScanTraits : RowTraits<T, kDim, kWarps, 8 / kWarps, kDim <= 128 ? 4 : 2, kSelector, kWgmma> {
     static constexpr int kCtasPerSm = scan_ctas_per_sm(kDim);
-    // Of the level whose masses are taken: scan_levels(kSelector).mass.per_block.
-    static constexpr int kBlockUnits = kSelector == Selector::kBlock   ? kShortUnits.per_block
-                                       : kSelector == Selector::kQuest ? kQuestUnits.per_block
-                                                                       : kMeanUnits.per_block;
+    static constexpr int kBlockUnits = scan_levels(kSelector).mass.per_block;
 };
 
 // Refinement: the CTA's rows are the averaged queries of one tile. Masses are of short units or, by

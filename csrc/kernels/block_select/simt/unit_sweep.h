@@ -75,7 +75,7 @@ struct UnitSweep {
                     sum += to_float(query(pooled.head(row), pooled.first_query(row) + i)[d]);
                 float mean =
                     size > 0 ? to_float(from_float<T>(sum / static_cast<float>(size))) : 0.0f;
-                bool quest = params.selector == Selector::kQuest;
+                bool quest = selector_traits(params.selector).content == UnitContent::kBounds;
                 to_smem[d] = quest && mean < 0.0f ? 0.0f : mean;
                 if (quest) to_smem[head_dim + d] = mean > 0.0f ? 0.0f : mean;
             }

@@ -20,14 +20,14 @@ Status scan_and_refine(const Call& call) {
 
 template <class T, int kDim>
 Status choose_selector(const Call& call) {
-    switch (call.params.selector) {
-        case Selector::kQuest:
-            return scan<ScanTraits<T, kDim, 8, Selector::kQuest>>(call);
-        case Selector::kMean:
-            return scan<ScanTraits<T, kDim, 8, Selector::kMean>>(call);
-        default:
+    return with_block_selector<Status>(call.params.selector, [&](auto constant) {
+        constexpr Selector kSelector = decltype(constant)::kSelector;
+        if constexpr (kSelector == Selector::kBlock) {
             return scan_and_refine<T, kDim>(call);
-    }
+        } else {
+            return scan<ScanTraits<T, kDim, 8, kSelector>>(call);
+        }
+    });
 }
 
 template <class T>

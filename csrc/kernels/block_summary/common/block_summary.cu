@@ -207,19 +207,22 @@ Status launch_summary(void (*kernel)(BlockSummaryParams, SummaryGrid), int64_t u
 template <class T, int kElems>
 Status launch_selector(const BlockSummaryParams& params, const LaunchContext& context) {
     const int64_t rows = summary_rows(params.selector, params.kv_len);
-    switch (params.selector) {
-        case Selector::kQuest:
-            return launch_summary<kElems>(
-                block_summary_kernel<T, kElems, kQuestUnits.keys, BoundsUnit<T, kElems>>, rows,
-                params, context);
-        case Selector::kMean:
-            return launch_summary<kElems>(
-                block_summary_kernel<T, kElems, kBlockKeys, MeanUnit<T, kElems, kBlockKeys>>, rows,
-                params, context);
-        default:
+    return with_block_selector<Status>(params.selector, [&](auto constant) {
+        constexpr Selector kSelector = decltype(constant)::kSelector;
+        constexpr int kKeys = scan_levels(kSelector).mass.keys;
+        if constexpr (has_two_levels(kSelector)) {
             return launch_summary<kElems>(block_levels_kernel<T, kElems>, num_blocks(params.kv_len),
                                           params, context);
-    }
+        } else if constexpr (selector_traits(kSelector).content == UnitContent::kBounds) {
+            return launch_summary<kElems>(
+                block_summary_kernel<T, kElems, kKeys, BoundsUnit<T, kElems>>, rows, params,
+                context);
+        } else {
+            return launch_summary<kElems>(
+                block_summary_kernel<T, kElems, kKeys, MeanUnit<T, kElems, kKeys>>, rows, params,
+                context);
+        }
+    });
 }
 
 }  // namespace
