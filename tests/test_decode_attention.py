@@ -237,7 +237,7 @@ def test_every_key_of_the_support_weighs_the_same(device, seed, dtype, page_size
                 got = share[b, heads, i, : v.visible]
                 assert torch.equal(got != 0, support.expand(case.group, -1))
                 assert (share[b, heads, i, v.visible :] == 0).all()
-                unit = oracle.UNIT_ROUNDOFF[dtype] + 1e-6
+                unit = oracle.UNIT_ROUNDOFF[cache.query.dtype] + 1e-6
                 assert ((got * support.sum() - support.double()).abs() <= unit).all()
 
 

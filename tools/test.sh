@@ -43,6 +43,18 @@ cmake -S examples/cpp -B "$work/example" -G Ninja >"$work/example-configure.log"
 cmake --build "$work/example" -j "$jobs" | tail -n 1
 "$work/example/attention_example" | tail -n 1
 
+step "device code of decoding, emulated"
+cmake -S . -B "$work/emulate" -G Ninja -DCONDENSATE_CUDA=OFF -DCONDENSATE_BUILD_PYTHON=OFF \
+    -DCONDENSATE_BUILD_TESTS=ON -DCONDENSATE_BUILD_EXAMPLES=OFF -DCONDENSATE_WERROR=ON \
+    >"$work/emulate-configure.log"
+if grep -q condensate_emulate_tests "$work/emulate/build.ninja"; then
+    cmake --build "$work/emulate" -j "$jobs" --target condensate_emulate_tests | tail -n 3
+    ctest --test-dir "$work/emulate" -j "$jobs" -R '^Emulate|MatchesTheReference' \
+        --output-on-failure | tail -n 6
+else
+    loudly "CUDA's headers or GCC on x86-64 are missing: device code was not emulated"
+fi
+
 step "wheel"
 rm -rf "$work/wheel" "$work/wheel-build" # a full build, so that the log names every kernel
 CONDENSATE_WERROR=ON CONDENSATE_ARCHS="${CONDENSATE_ARCHS:-80;90a}" \
