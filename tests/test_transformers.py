@@ -422,6 +422,31 @@ def test_loading_with_the_implementations_name(model, ids, tmp_path):
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
 
 
+@torch.no_grad()
+def test_layers_may_run_other_policies(model, ids):
+    dense, small = logits(model, ids), logits(model, ids, SMALL)
+    covered = dict.fromkeys(range(2), COVERING)
+    torch.testing.assert_close(logits(model, ids, {**SMALL, "layers": covered}), dense, **CLOSE)
+    every = dict.fromkeys(range(2))
+    torch.testing.assert_close(logits(model, ids, {**SMALL, "layers": every}), dense, **CLOSE)
+    first = logits(model, ids, {**SMALL, "layers": {0: None}})
+    second = logits(model, ids, {**SMALL, "layers": {1: None}})
+    assert not torch.allclose(first, second)
+    assert all(not torch.allclose(one, both) for one in (first, second) for both in (dense, small))
+    with pytest.raises(ValueError, match="layers names layer 2, expected one of 0 to 1"):
+        condensate.enable(model, layers={2: None})
+    with pytest.raises(ValueError, match="topk is 65"):
+        condensate.enable(model, layers={1: {"topk": 65}})
+
+
+@torch.no_grad()
+def test_dense_layers_of_steps(model, ids):
+    """Steps of a dense layer attend every key of the cache, also with sinks and padding."""
+    policy = {**STEP, "layers": dict.fromkeys(range(2))}
+    assert_same_generation(model, ids, policy=policy)
+    assert_same_generation(model, ids, policy=policy, attention_mask=left_padded(ids))
+
+
 # --- refusals
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,10 @@ class Compute(Protocol):
     summaries: bool
     """Do steps read a cache layer's summaries?"""
 
+    def of_layer(self, index: int) -> Compute:
+        """What one layer runs."""
+        return self
+
     def prompt(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
     ) -> Tensor: ...
@@ -39,12 +43,16 @@ class Compute(Protocol):
         ...
 
 
-class Condensed:
-    """A policy's operators."""
+class Condensed(Compute):
+    """A policy's operators; some layers may run others."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, layers: Mapping[int, Compute] | None = None) -> None:
         self.policy = policy
+        self.layers = dict(layers or {})
         self.summaries = policy.selector == "block"
+
+    def of_layer(self, index: int) -> Compute:
+        return self.layers.get(index, self)
 
     def prompt(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, sinks: Tensor | None
@@ -66,7 +74,7 @@ class Condensed:
         )
 
 
-class Dense:
+class Dense(Compute):
     """Every key: what verifies a draft."""
 
     summaries = False
@@ -95,7 +103,7 @@ class Dense:
         )
 
 
-class Replaced:
+class Replaced(Compute):
     """A function of the caller's, for prompts and steps alike."""
 
     summaries = False

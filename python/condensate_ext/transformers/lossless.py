@@ -142,7 +142,7 @@ class Lossless:
         return tokens, kept
 
 
-class _Turn:
+class _Turn(Compute):
     """Dense and condensed passes in turn."""
 
     summaries = True
@@ -150,6 +150,9 @@ class _Turn:
     def __init__(self, drafter: Compute) -> None:
         self.dense = True
         self.passes = (drafter, Dense())
+
+    def of_layer(self, index: int) -> Compute:
+        return self.passes[self.dense].of_layer(index)
 
     def prompt(self, *arguments: Any) -> Tensor:
         return self.passes[self.dense].prompt(*arguments)

@@ -7,7 +7,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ from transformers.cache_utils import Cache
 
 from condensate_ext.transformers.attend import attend, explain
 from condensate_ext.transformers.cache import keep_summaries
-from condensate_ext.transformers.computes import Compute, Condensed, Replaced
+from condensate_ext.transformers.computes import Compute, Condensed, Dense, Replaced
 from condensate_ext.transformers.masks import describe_mask
 from condensate_ext.transformers.policy import Policy
 from condensate_ext.transformers.refusals import refusal_of
 
 IMPLEMENTATION = "condensate"
+Layers = Mapping[int, Mapping[str, Any] | None]
 _numbers = itertools.count()
 _lock = threading.RLock()
 _DEFAULT = Condensed(Policy())  # of a model loaded with attn_implementation="condensate"
@@ -109,6 +110,7 @@ def _attention(
         function = AttentionInterface._global_mapping.get(before) or _eager(module, before)
         dense: tuple[Tensor, Any] = function(module, query, key, value, attention_mask, **kwargs)
         return dense
+    compute = compute.of_layer(getattr(module, "layer_idx", 0))
     try:
         out = attend(compute, module, query, key, value, attention_mask, **kwargs)
     except NotImplementedError:
@@ -209,7 +211,25 @@ def _own_configs(model: Any, attentions: list[torch.nn.Module]) -> list[Any]:
     return list(own.values()) or [model.config]
 
 
-def enable(model: Any, **policy: Any) -> None:
+def _compute_of(
+    function: str, model: Any, layers: Layers | None, policy: dict[str, Any]
+) -> Compute:
+    """What a call of ``function`` asks for."""
+    own: dict[int, Compute] = {}
+    known: set[Any] = {module.layer_idx for module in _attentions(model)}
+    for index, changed in (layers or {}).items():
+        if index not in known:
+            raise ValueError(
+                f"{function}: layers names layer {index!r}, expected one of "
+                f"{min(known, default=0)} to {max(known, default=0)}; leave it out."
+            )
+        own[index] = (
+            Dense() if changed is None else Condensed(Policy.of(function, {**policy, **changed}))
+        )
+    return Condensed(Policy.of(function, policy), own)
+
+
+def enable(model: Any, *, layers: Layers | None = None, **policy: Any) -> None:
     """Lets every full-attention layer of ``model`` run condensate attention from now on.
 
     Prompts run :func:`condensate_ext.attention`, decoding steps of up to 16 tokens
@@ -217,20 +237,22 @@ def enable(model: Any, **policy: Any) -> None:
     window or of chunks stay exact. A cache that was filled densely may be continued, and the other
     way round. Calling it again changes the policy.
 
-    >>> enable(model, topk=1024)                                # doctest: +SKIP
-    >>> model.generate(input_ids, max_new_tokens=64)            # doctest: +SKIP
+    >>> enable(model, topk=1024, layers={0: None, 1: {"topk": 2048}})   # doctest: +SKIP
+    >>> model.generate(input_ids, max_new_tokens=64)                    # doctest: +SKIP
 
     Args:
         model: a transformers decoder-only model in eval mode.
+        layers: what some layers run instead, by their index: arguments that differ from ``policy``,
+            or None for dense attention.
         policy: see :class:`Policy`.
 
     Raises:
         TypeError: an argument of the policy is unknown, or the model sets it.
-        ValueError: a value of the policy is not allowed.
+        ValueError: a value of the policy is not allowed, or the model has no such layer.
         NotImplementedError: the model needs what this package has no kernel for.
         RuntimeError: the model does not go through transformers' attention interface.
     """
-    compute = Condensed(Policy.of("enable", policy))
+    compute = _compute_of("enable", model, layers, policy)
     with _lock:
         switch = _switch_of(model)
         switch.enabled = compute
@@ -279,7 +301,9 @@ def open_context(model: Any, compute: Compute) -> Iterator[None]:
 
 
 @contextmanager
-def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
+def condensed_attention(
+    model: Any, *, layers: Layers | None = None, **policy: Any
+) -> Iterator[None]:
     """:func:`enable` for the passes that this thread makes meanwhile.
 
     Contexts may be nested, the inner policy holds, and end in any order.
@@ -289,7 +313,7 @@ def condensed_attention(model: Any, **policy: Any) -> Iterator[None]:
 
     Args and errors: as for :func:`enable`.
     """
-    with open_context(model, Condensed(Policy.of("condensed_attention", policy))):
+    with open_context(model, _compute_of("condensed_attention", model, layers, policy)):
         yield
 
 
