@@ -35,7 +35,7 @@ def test_options_take_several_values_and_the_module_runs():
         [sys.executable, "-m", "condensate_ext", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    for name in ("doctor", "bench", "evaluate", "generate", "demo"):
+    for name in ("doctor", "bench", "evaluate", "calibrate", "generate", "demo"):
         assert re.search(rf"^  {name} .*\w\.$", done.stdout, flags=re.MULTILINE)
 
 

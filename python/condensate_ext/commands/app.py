@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import typer
 
-from condensate_ext.commands import bench, demo, doctor, evaluate, generate
+from condensate_ext.commands import bench, calibrate, demo, doctor, evaluate, generate
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor.command,
     "bench": bench.command,
     "evaluate": evaluate.command,
+    "calibrate": calibrate.command,
     "generate": generate.command,
     "demo": demo.command,
 }

@@ -9,6 +9,7 @@ tile. :func:`compare_decode`, one query at a time, has no such dependence; :func
 the question into the last tile and the answer behind it, so nothing of the answer can steer a list.
 """
 
+from condensate_ext.evaluate.calibration import load_layers
 from condensate_ext.evaluate.language import (
     Fidelity,
     compare_cache,
@@ -54,6 +55,7 @@ __all__ = [
     "hide_needles",
     "identical_prefix",
     "keys_per_query",
+    "load_layers",
     "make_needles",
     "policy",
 ]
