@@ -20,7 +20,7 @@ static_assert(kSliceRows == 16 * kAttendWarps && kSlicePools == 2 * kSliceRows,
               "a warp takes 16 rows, or twice 16 pools");
 
 struct AttendSmem {
-    float far_weight[kSlicePools][kMaxDecodeGroup];
+    alignas(16) float far_weight[kSlicePools][kMaxDecodeGroup];
     float warp_sums[kAttendWarps][kMaxDecodeGroup];
     float reference[kMaxDecodeGroup];
     float total[kMaxDecodeGroup];
@@ -146,50 +146,46 @@ __device__ __forceinline__ uint4 integers_of(uint2 bytes) {
     return {pairs[0], pairs[1], pairs[2], pairs[3]};
 }
 
-// The weights of pools [first_pool, first_pool + kSlicePools): of their units that were not looked
-// into, each the number of its candidates by the mean of their scores. Loads go out in batches: one
-// after the other their latencies would add up.
+// The weights of pools [first_pool, first_pool + kSlicePools), one a thread: of their units that
+// were not looked into, each the number of its candidates by the mean of their scores.
 __device__ inline void weigh_pools(AttendSmem& smem, const Record& record, const Item& item,
-                                   int group, int pool_units_log2, int first_pool) {
-    constexpr int kBatch = 8;
-    const int pool_units = 1 << pool_units_log2, units = kSlicePools * pool_units;
-    const int first = first_pool * pool_units;
-    for (int begin = static_cast<int>(threadIdx.x); begin < units;
-         begin += kBatch * kAttendThreads) {
-        for (int h = 0; h < group; h += 4) {
-            float4 score[kBatch];
+                                   int group, int pool_units, int first_pool) {
+    static_assert(kSlicePools == kAttendThreads, "a pool a thread");
+    constexpr int kUnits = kPoolKeys / kUnitKeys;  // of a pool, at most
+    const int first = (first_pool + static_cast<int>(threadIdx.x)) * pool_units;
+    for (int h = 0; h < group; h += 4) {
+        const int more = group - 1 - h;
+        float4 score[kUnits];  // all loads before their use
 #pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-                const int unit = min(first + begin + b * kAttendThreads, item.span.units - 1);
-                const float* scores = record.unit_scores + int64_t{unit} * group + h;
-                const int more = group - 1 - h;
-                if (group % 4 == 0)
-                    score[b] = __ldcg(reinterpret_cast<const float4*>(scores));
-                else
-                    score[b] = {__ldcg(scores), __ldcg(scores + min(1, more)),
-                                __ldcg(scores + min(2, more)), __ldcg(scores + min(3, more))};
-            }
-#pragma unroll
-            for (int b = 0; b < kBatch; ++b) {
-                const int i = begin + b * kAttendThreads;
-                if (i - static_cast<int>(threadIdx.x) >= units) break;
-                const int32_t unit = first + i;
-                const int32_t candidates = unit < item.span.units ? item.candidates(unit) : 0;
-                const float keys = static_cast<float>(max(candidates, 0));
-                const float scores[4] = {score[b].x, score[b].y, score[b].z, score[b].w};
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (h + e >= group) break;
-                    float weight = keys > 0.0f
-                                       ? keys * ptx::exp2_approx(scores[e] - smem.reference[h + e])
-                                       : 0.0f;
-                    for (int offset = 1; offset < pool_units; offset *= 2)
-                        weight += __shfl_xor_sync(0xffffffffu, weight, offset);
-                    if ((i & (pool_units - 1)) == 0)
-                        smem.far_weight[i >> pool_units_log2][h + e] = weight;
-                }
-            }
+        for (int u = 0; u < kUnits; ++u) {
+            const int unit = min(first + u, item.span.units - 1);
+            const float* scores = record.unit_scores + int64_t{unit} * group + h;
+            if (u >= pool_units)
+                score[u] = {};
+            else if (group % 4 == 0)
+                score[u] = __ldcg(reinterpret_cast<const float4*>(scores));
+            else
+                score[u] = {__ldcg(scores), __ldcg(scores + min(1, more)),
+                            __ldcg(scores + min(2, more)), __ldcg(scores + min(3, more))};
         }
+        const float* reference = smem.reference + h;
+        const float references[4] = {reference[0], reference[min(1, more)], reference[min(2, more)],
+                                     reference[min(3, more)]};
+        float weight[4] = {};
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int unit = first + u;
+            const bool counts = u < pool_units && unit < item.span.units;
+            const int keys = counts ? item.candidates(unit) : 0;
+            if (keys <= 0) continue;
+            const float scores[4] = {score[u].x, score[u].y, score[u].z, score[u].w};
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                weight[e] += static_cast<float>(keys) * ptx::exp2_approx(scores[e] - references[e]);
+        }
+        // Heads past the group lie in the same row of shared memory.
+        *reinterpret_cast<float4*>(&smem.far_weight[threadIdx.x][h]) = {weight[0], weight[1],
+                                                                        weight[2], weight[3]};
     }
 }
 
@@ -382,7 +378,7 @@ __global__ void __launch_bounds__(kAttendThreads, kDim <= 128 ? 2 : 1)
             if (lane % 4 == 0) smem.warp_sums[warp][8 * n + lane / 4] = weight_sum[n];
         }
     } else {
-        weigh_pools(smem, record, item, group, pool_units_log2, pool_slice * kSlicePools);
+        weigh_pools(smem, record, item, group, 1 << pool_units_log2, pool_slice * kSlicePools);
         __syncthreads();
         if (params.far_field)
             add_pools<T>(sums, smem, cache, group, pool_slice * kSlicePools, item.span.visible);
