@@ -34,6 +34,10 @@ def _records(states: Path, docs: Path) -> list[dict[str, Any]]:
             before = known.get((line.name, device))
             if before is None or before["size"] != "full" or state.size == "full":
                 known[line.name, device] = row
+    for line in LINES:  # how it is tried is the line's to say, also of older rows
+        for device in line.devices:
+            if (line.name, device) in known:
+                known[line.name, device]["why"] = line.why
     order = {line.name: place for place, line in enumerate(LINES)}
     rows = [row for row in known.values() if row["line"] in order]
     return sorted(rows, key=lambda row: (order[row["line"]], row["device"]))
