@@ -19,12 +19,12 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import condensate_ext
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-import condensate_ext
 
 BLOCK_KEYS = 64
 SUMMARY_ROWS = 9  # of a block, with selector "block"
@@ -39,6 +39,10 @@ class Budget:
     anchors: int = 64
     topk: int = 1728
     far_field: bool = True
+
+    @property
+    def ranges(self) -> dict[str, Any]:
+        return {"window": self.window, "anchors": self.anchors, "far_field": self.far_field}
 
     @property
     def halo(self) -> int:
@@ -102,12 +106,11 @@ def concatenated(chunks: Tensor) -> Tensor:
 def tensor_parallel(attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``attend(*tensors)``, each ``[B, H, L, D]``: every rank its heads, outputs concatenated."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    for heads in (tensor.shape[1] for tensor in tensors):
-        if heads % world:
-            raise ValueError(
-                f"tensor_parallel: a tensor has {heads} heads, expected a multiple of the {world} "
-                "processes; use fewer processes."
-            )
+    if any(tensor.shape[1] % world for tensor in tensors):
+        raise ValueError(
+            f"tensor_parallel: tensors have {[tensor.shape[1] for tensor in tensors]} heads, "
+            f"expected multiples of the {world} processes; use fewer processes."
+        )
     out = attend(*(tensor.chunk(world, dim=1)[rank] for tensor in tensors))
     return torch.cat(list(from_all_ranks(out)), dim=1)
 
@@ -144,22 +147,27 @@ class Context:
         """Lists of queries that are the last ones of a chunk, of blocks of the whole context."""
         assert self.budget is not None and self.summaries is not None
         seen = (chunk + 1) * self.key.shape[3]
+        summaries = self.summaries[:, :, : seen // BLOCK_KEYS * SUMMARY_ROWS].contiguous()
         return condensate_ext.select_blocks(
-            query,
-            self.summaries[:, :, : seen // BLOCK_KEYS * SUMMARY_ROWS].contiguous(),
-            kv_len=seen,
-            window=self.budget.window,
-            anchors=self.budget.anchors,
-            topk=self.budget.topk,
-            far_field=self.budget.far_field,
+            query, summaries, kv_len=seen, topk=self.budget.topk, **self.budget.ranges
         )
 
     def attend(self, query: Tensor, chunk: int, lists: tuple[Tensor, Tensor] | None) -> State:
         """What this rank's keys add to queries that are the last ones of a chunk."""
-        states = [
-            self._attend_part(query, key, value, first, lists, causal)
-            for key, value, first, causal in self._parts(chunk)
-        ]
+        states = []
+        for key, value, first, causal in self._parts(chunk):
+            if self.budget is None or lists is None:
+                states.append(attend_all(query, key, value, causal=causal))
+                continue
+            local = lists_within(*lists, first // BLOCK_KEYS, key.shape[2] // BLOCK_KEYS)
+            state = condensate_ext.block_sparse_attention(
+                query, key, value, *local,
+                window=self.budget.window if causal else 0,
+                anchors=self.budget.anchors if first == 0 else 0,
+                far_field=self.budget.far_field,
+                causal=causal,
+            )  # fmt: skip
+            states.append(state)
         if states:
             return merge(states)
         return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf).float()
@@ -184,30 +192,6 @@ class Context:
             elif own < chunk:
                 end = length - halo if own == chunk - 1 else length
                 yield key[:, :, :end], value[:, :, :end], first, False
-
-    def _attend_part(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        first: int,
-        lists: tuple[Tensor, Tensor] | None,
-        causal: bool,
-    ) -> State:
-        length = key.shape[2]
-        if self.budget is None or lists is None:
-            return attend_all(query, key, value, causal=causal)
-        local = lists_within(*lists, first // BLOCK_KEYS, length // BLOCK_KEYS)
-        return condensate_ext.block_sparse_attention(
-            query,
-            key,
-            value,
-            *local,
-            window=self.budget.window if causal else 0,
-            anchors=self.budget.anchors if first == 0 else 0,
-            far_field=self.budget.far_field,
-            causal=causal,
-        )
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> State:
@@ -249,10 +233,9 @@ def prefill(query: Tensor, context: Context) -> State:
     world, rank = dist.get_world_size(), dist.get_rank()
     lists: list[tuple[Tensor, Tensor] | None] = [None] * (2 * world)
     if context.budget is not None:
-        own = zip(query, own_chunks(rank, world), strict=True)
-        indices, counts = zip(*(context.select(q, chunk) for q, chunk in own), strict=True)
-        all_lists = zip(gather(torch.stack(indices)), gather(torch.stack(counts)), strict=True)
-        lists = list(all_lists)
+        own = [context.select(q, c) for q, c in zip(query, own_chunks(rank, world), strict=True)]
+        indices, counts = (gather(torch.stack(part)) for part in zip(*own, strict=True))
+        lists = list(zip(indices, counts, strict=True))
     queries = gather(query)
     states = [context.attend(q, c, lists[c]) for c, q in enumerate(queries)]
     outs, lses = (to_owners(torch.stack(part)) for part in zip(*states, strict=True))
@@ -266,14 +249,155 @@ def decode(query: Tensor, context: Context) -> State:
     Returns:
         ``out`` ``[B, Hq, 1, D]`` and ``lse`` ``[B, Hq, 1]``, on every rank.
     """
-    world = dist.get_world_size()
-    if context.budget is None:  # it sees every key, in whatever order a cache has them
-        key, value = concatenated(context.key), concatenated(context.value)
-        lengths = torch.full((key.shape[0],), key.shape[2], dtype=torch.int32, device=key.device)
+    if context.budget is None:  # it sees every key: chunks are pages of a cache, in any order
+        batch, length = context.key.shape[1], 2 * context.key.shape[3]
+        pages = torch.arange(2 * batch, dtype=torch.int32, device=query.device)
         out, lse = condensate_ext.attention_with_kvcache(
-            query, key, value, lengths, anchors=key.shape[2], return_lse=True
+            query,
+            context.key.flatten(0, 1),
+            context.value.flatten(0, 1),
+            torch.full((batch,), length, dtype=torch.int32, device=query.device),
+            block_table=pages.view(2, batch).t().contiguous(),
+            anchors=length,
+            return_lse=True,
         )
     else:
-        last = 2 * world - 1
+        last = 2 * dist.get_world_size() - 1
         out, lse = context.attend(query, last, context.select(query, last))
     return merge(list(zip(from_all_ranks(out), from_all_ranks(lse), strict=True)))
+
+
+
+# ---- Compared with one process -----------------------------------------------------------------
+
+
+def one_process(query: Tensor, key: Tensor, value: Tensor, budget: Budget | None) -> State:
+    """The queries of the last positions over all keys ``[B, Hkv, L, D]``."""
+    if budget is None:
+        return attend_all(query, key, value, causal=True)
+    summaries = condensate_ext.block_summaries(key)
+    lists = condensate_ext.select_blocks(
+        query, summaries, kv_len=key.shape[2], topk=budget.topk, **budget.ranges
+    )
+    return condensate_ext.block_sparse_attention(query, key, value, *lists, **budget.ranges)
+
+
+def error(found: State, expected: State, size: Tensor, world: int) -> float:
+    """The largest error of out and lse as a share of the bound: at most 1 is equal.
+
+    An output is rounded when a state is made and by each merge, one between a rank's chunks and
+    ``world - 1`` between ranks; one process rounds it once; half-precision kernels round
+    probabilities, in both. ``size`` is the softmax's mean of ``|value|``. The rest is float32.
+    """
+    relative = (world + 4) * torch.finfo(expected[0].dtype).eps / 2 + 1e-5
+    out = (found[0].float() - expected[0].float()).abs() / (relative * size.float())
+    lse = (found[1] - expected[1]).abs() / (1e-5 * expected[1].abs().clamp(min=1))
+    return max(out.max().item(), lse.max().item())
+
+
+def timed(call: Callable[[], State]) -> tuple[State, float]:
+    """A result and the seconds until this device has it."""
+    start = time.perf_counter()
+    result = call()
+    if result[0].is_cuda:
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def check(name: str, query: Tensor, key: Tensor, value: Tensor, budget: Budget | None) -> bool:
+    """Collective: sharded and, on rank 0, whole in turn, best times of three; are they equal?"""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    context = Context.gather(key, value, budget)
+    q, k, v = (concatenated(gather(part)) for part in (query, key, value))
+    last = q[:, :, -1:].contiguous()
+    steps = {
+        "prefill": (q, lambda: prefill(query, context)),
+        "decode": (last, lambda: decode(last, context)),
+    }
+    equal = True
+    for step, (queries, sharded) in steps.items():
+        times = []
+        for _ in range(3):
+            dist.barrier()
+            found, seconds = timed(sharded)
+            dist.barrier()
+            if rank == 0:
+                expected, alone = timed(functools.partial(one_process, queries, k, v, budget))
+                times.append((seconds, alone))
+        if step == "prefill":
+            found = concatenated(gather(found[0])), concatenated(gather(found[1]))
+        if rank == 0:
+            share = error(found, expected, one_process(queries, k, v.abs(), budget)[0], world)
+            equal &= share <= 1
+            best, alone = (min(column) for column in zip(*times, strict=True))
+            print(
+                f"{name} {step}: {world} processes {best:.4f} s, one {alone:.4f} s, "
+                f"error {share:.2f} of the bound"
+            )
+    return equal
+
+
+def check_tensor_parallel(query: Tensor, key: Tensor, value: Tensor, budget: Budget) -> bool:
+    """Collective: are the outputs of ``attention`` those of one process, bit for bit?"""
+    attend = functools.partial(condensate_ext.attention, topk=budget.topk, **budget.ranges)
+    whole = [concatenated(gather(part)) for part in (query, key, value)]
+    equal = torch.equal(tensor_parallel(attend, *whole), attend(*whole))
+    if dist.get_rank() == 0:
+        print(f"tensor parallel: {'equal' if equal else 'DIFFERENT'}, bit for bit")
+    return equal
+
+
+# ---- A program of torchrun ---------------------------------------------------------------------
+
+
+def start() -> torch.device:
+    """Joins the processes that torchrun started; this one's device."""
+    if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    return device
+
+
+def noise(heads: int, seed: int, device: torch.device, args: argparse.Namespace) -> Tensor:
+    """Chunks ``[2, 1, heads, C, D]`` that do not depend on the rank that makes them."""
+    world, made = dist.get_world_size(), []
+    for chunk in own_chunks(dist.get_rank(), world):
+        generator = torch.Generator(device).manual_seed(10 * chunk + seed)
+        size = (1, heads, args.tokens // (2 * world), args.head_dim)
+        made.append(torch.randn(size, generator=generator, device=device))
+    return torch.stack(made).to(getattr(torch, args.dtype))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--topk", type=int, default=512)
+    parser.add_argument("--check", action="store_true", help="compare with one process")
+    args = parser.parse_args(arguments)
+    device = start()
+    query = 4 * noise(args.heads, 0, device, args)  # few keys matter, and not as many in each shard
+    key, value = (noise(args.kv_heads, seed, device, args) for seed in (1, 2))
+    budget, equal = Budget(topk=args.topk), True
+    if args.check:
+        equal = check_tensor_parallel(query, key, value, budget)
+        for name, chosen in (("dense", None), ("budget", budget)):
+            equal &= check(name, query, key, value, chosen)
+    else:
+        for call in ("first", "second"):
+            dist.barrier()
+            seconds = timed(lambda: prefill(query, Context.gather(key, value, budget)))[1]
+            if dist.get_rank() == 0:
+                print(f"{call} prefill of {args.tokens} tokens: {seconds:.4f} s")
+    dist.destroy_process_group()
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
