@@ -22,15 +22,15 @@ if not (dist.is_available() and dist.is_gloo_available()):
 
 from examples import context_parallel as example
 
-WORLD, BATCH, HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 2, 8, 2, 2048, 64
+WORLD, BATCH, HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 2, 4, 2, 1024, 64
 LIMIT = timedelta(seconds=60)
-# A window and anchors that end inside blocks; 2,048 keys are few enough for pools of one block.
-SPARSE = example.Budget(window=100, anchors=10, topk=256, far_field=False)
+# A window and anchors that end inside blocks; 1,024 keys are few enough for pools of one block.
+SPARSE = example.Budget(window=100, anchors=10, topk=128, far_field=False)
 BUDGETS = {
     "dense": None,
     "supports": SPARSE,
-    "far field": example.Budget(100, 10, 256, far_field=True),
-    "no window": example.Budget(window=0, anchors=0, topk=128, far_field=True),
+    "far field": example.Budget(100, 10, 128, far_field=True),
+    "no window": example.Budget(window=0, anchors=0, topk=64, far_field=True),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -57,7 +57,7 @@ def inputs(seed: int, dtype: torch.dtype) -> Inputs:
 
 
 def one_head_each(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return ops.attention(query, key, value, window=100, anchors=10, topk=256)
+    return ops.attention(query, key, value, window=100, anchors=10, topk=128)
 
 
 def one_head_each_cached(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def sharded(case: Inputs, budget: example.Budget | None) -> dict[str, tuple[Tens
 
 
 def refusals(case: Inputs) -> list[str]:
-    wide = example.Budget(window=500, anchors=10, topk=128)
+    wide = example.Budget(window=250, anchors=10, topk=128)
     calls = (
-        lambda: example.shard(case.key[:, :, :2000]),
+        lambda: example.shard(case.key[:, :, :1000]),
         lambda: example.Context.gather(*map(example.shard, case[1:]), wide),
         lambda: example.tensor_parallel(one_head_each, *(part[:, :1] for part in case)),
     )
@@ -120,7 +120,7 @@ def process(rank: int, ports: tuple[int, int], seed: int, folder: Path) -> None:
         )
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[1])
-    found["program"] = example.main(["--check", "--tokens", "2048", "--topk", "128"])
+    found["program"] = example.main(["--check", "--tokens", "2048", "--heads", "4", "--topk", "128"])
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -197,8 +197,8 @@ def test_the_program_checks_itself(results):
 def test_what_does_not_fit_is_refused(results):
     for found in results:
         tokens, window, heads = found["refusals"]
-        assert tokens.startswith("shard: whole has 2000 tokens, expected a multiple of 256")
-        assert window.startswith("Context.gather: chunks have 512 keys, expected at least 10")
+        assert tokens.startswith("shard: whole has 1000 tokens, expected a multiple of 256")
+        assert window.startswith("Context.gather: chunks have 256 keys, expected at least 10")
         assert heads.startswith("tensor_parallel: tensors have [1, 1, 1] heads, expected multiples")
 
 
