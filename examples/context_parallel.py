@@ -18,7 +18,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import condensate_ext
@@ -27,8 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BLOCK_KEYS = 64
-SUMMARY_ROWS = 9  # of a block, with selector "block"
-MAX_POOLS = 128  # of a call's far field
+SUMMARY_ROWS, MAX_POOLS = 9, 128  # of a block, with selector "block"; of a call's far field
 State = tuple[Tensor, Tensor]  # out [B, Hq, L, D], lse [B, Hq, L]
 
 
@@ -224,12 +223,8 @@ def merge(states: list[State]) -> State:
 def prefill(query: Tensor, context: Context) -> State:
     """Collective: all queries over all keys, causal.
 
-    Args:
-        query: ``[2, B, Hq, C, D]``, this rank's chunks.
-        context: from :meth:`Context.gather`.
-
-    Returns:
-        ``out`` ``[2, B, Hq, C, D]`` and ``lse`` ``[2, B, Hq, C]`` of this rank's queries.
+    Takes this rank's queries ``[2, B, Hq, C, D]`` and returns their ``out``, like them, and ``lse``
+    ``[2, B, Hq, C]``.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     lists: list[tuple[Tensor, Tensor] | None] = [None] * (2 * world)
@@ -247,8 +242,7 @@ def prefill(query: Tensor, context: Context) -> State:
 def decode(query: Tensor, context: Context) -> State:
     """Collective: one query a sequence, ``[B, Hq, 1, D]`` on every rank, at the last position.
 
-    Returns:
-        ``out`` ``[B, Hq, 1, D]`` and ``lse`` ``[B, Hq, 1]``, on every rank.
+    Returns ``out`` ``[B, Hq, 1, D]`` and ``lse`` ``[B, Hq, 1]``, on every rank.
     """
     if context.budget is None:  # it sees every key: chunks are pages of a cache, in any order
         batch, length = context.key.shape[1], 2 * context.key.shape[3]
@@ -311,14 +305,12 @@ def check(name: str, query: Tensor, key: Tensor, value: Tensor, budget: Budget |
     context = Context.gather(key, value, budget)
     q, k, v = (concatenated(gather(part)) for part in (query, key, value))
     last = q[:, :, -1:].contiguous()
-    steps = {
-        "prefill": (q, lambda: prefill(query, context)),
-        "decode": (last, lambda: decode(last, context)),
-    }
+    calls = (("prefill", q, lambda: prefill(query, context)),
+             ("decode", last, lambda: decode(last, context)))  # fmt: skip
     # Pools of a whole call and of its parts are single blocks up to here, finer in parts beyond.
     comparable = budget is None or not budget.far_field or q.shape[2] <= MAX_POOLS * BLOCK_KEYS
     equal = True
-    for step, (queries, sharded) in steps.items():
+    for step, queries, sharded in calls:
         times = []
         for _ in range(3):
             dist.barrier()
@@ -376,27 +368,21 @@ def noise(heads: int, seed: int, device: torch.device, args: argparse.Namespace)
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
+    sizes = {"tokens": 4096, "heads": 8, "kv-heads": 2, "head-dim": 64, "topk": 512}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
-    parser.add_argument("--topk", type=int, default=512)
     parser.add_argument("--check", action="store_true", help="compare with one process")
     args = parser.parse_args(arguments)
     device = start()
     query = 4 * noise(args.heads, 0, device, args)  # few keys matter, and not as many in each shard
     key, value = (noise(args.kv_heads, seed, device, args) for seed in (1, 2))
     budget, equal = Budget(topk=args.topk), True
-    cases = {
-        "dense": None,
-        "no far field": Budget(topk=args.topk, far_field=False),
-        "far field": budget,
-    }
     if args.check:
         equal = check_tensor_parallel(query, key, value, budget)
-        for name, chosen in cases.items():
-            equal &= check(name, query, key, value, chosen)
+        equal &= check("dense", query, key, value, None)
+        equal &= check("no far field", query, key, value, replace(budget, far_field=False))
+        equal &= check("far field", query, key, value, budget)
     else:
         for call in ("first", "second"):
             dist.barrier()
