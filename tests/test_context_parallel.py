@@ -120,7 +120,8 @@ def process(rank: int, ports: tuple[int, int], seed: int, folder: Path) -> None:
         )
     dist.destroy_process_group()
     os.environ["MASTER_PORT"] = str(ports[1])
-    found["program"] = example.main(["--check", "--tokens", "2048", "--heads", "4", "--topk", "128"])
+    sizes = {"--tokens": "2048", "--heads": "4", "--topk": "128"}
+    found["program"] = example.main(["--check", *(part for size in sizes.items() for part in size)])
     torch.save(found, folder / f"{rank}.pt")
 
 
