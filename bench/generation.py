@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 WAYS = ("dense", "condensed", "decode", "lossless")
-Policy = dict[str, int]
+Policy = dict[str, Any]
 
 
 def random_model(shape: str, layers: int, device: str, dtype: torch.dtype) -> Any:
