@@ -166,7 +166,7 @@ def test_tokenizers_without_an_end_are_refused():
 
 
 @pytest.mark.slow
-def test_a_generated_task_runs_and_is_dense_under_a_covering_budget(ending, tmp_path, capsys):
+def test_a_generated_task_runs_and_is_dense_under_a_covering_budget(ending, tmp_path):
     pytest.importorskip("lm_eval")
     pytest.importorskip("wonderwords")
     more = ("--protocols", "prefill", "--decode-tokens", "2", "--task-limit", "2")
@@ -178,8 +178,6 @@ def test_a_generated_task_runs_and_is_dense_under_a_covering_budget(ending, tmp_
     ]  # fmt: skip
     assert [(r["selector"], r["documents"]) for r in records] == [("dense", 2), ("block", 2)]
     assert records[0]["score"] == records[1]["score"]
-    assert run(ending, path, *more, "--tasks", "niah_singel") == 2
-    assert "niah_singel is no task" in capsys.readouterr().err
 
 
 @pytest.mark.slow
