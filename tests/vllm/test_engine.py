@@ -99,7 +99,8 @@ def test_the_scenarios_are_what_their_names_say(request, runs):
 
 def test_the_log_says_what_each_layer_does(dense, covered):
     assert "2 layers condensed: model.layers.0.self_attn.attn" in covered["log"]
-    assert "layers condensed" not in dense["log"] and "turns it on" in dense["log"]
+    assert "on, Settings(window=256, anchors=64, topk=704, shortlist=1024" in covered["log"]
+    assert "layers condensed" not in dense["log"]
 
 
 def test_a_budget_attends_what_the_ops_attend(dense, condensed):

@@ -1,8 +1,9 @@
 """Serves models through vLLM with condensate attention: a plugin, found by its entry point.
 
 docs/serving.md tells how to use it. vLLM calls :func:`register` in each of its processes. It does
-nothing but log a line unless ``CONDENSATE_VLLM=1``, vLLM is a supported version and its platform is
-the CPU; then layers of full attention go through condensate_ext's kernels.
+nothing unless ``CONDENSATE_VLLM=1``, vLLM is a supported version and its platform is the CPU; where
+it was asked for and cannot, the log says why. Then layers of full attention go through
+condensate_ext's kernels.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def register() -> None:
     """
     environment = dict(os.environ)
     if (reason := why_inert(environment)) is not None:
-        logger.info("condensate_ext: %s.", reason)
+        # vLLM has not set its logging up yet: only a warning is sure to be seen.
+        level = logging.WARNING if environment.get("CONDENSATE_VLLM") == "1" else logging.INFO
+        logger.log(level, "condensate_ext: %s.", reason)
         return
     from vllm.platforms import current_platform
 
@@ -74,8 +77,7 @@ def register() -> None:
     from condensate_ext.vllm.settings import Settings
 
     require()
-    settings = Settings.from_environment(environment)
+    Settings.from_environment(environment)  # an invalid one stops the engine here
     register_backend(
         AttentionBackendEnum.CPU_ATTN, "condensate_ext.vllm.backend.CondensateBackend"
     )
-    logger.info("condensate_ext: on, %s.", settings)

@@ -198,5 +198,6 @@ def decide_layers(config: VllmConfig, dtype: torch.dtype, settings: Settings) ->
         kind = "condensed" if not own else "vLLM's own attention"
         why = " (sliding window)" if description.sliding_window else " (skipped)" if own else ""
         kinds.setdefault(kind + why, []).append(name)
+    logger.info("condensate_ext: on, %s.", settings)
     for kind, names in kinds.items():
         logger.info("condensate_ext: %d layers %s: %s.", len(names), kind, ", ".join(names))
