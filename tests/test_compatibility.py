@@ -45,8 +45,8 @@ def test_the_tool_finds_a_wrong_model(monkeypatch):
 
     original = attend.sparse
 
-    def blind(*arguments, window, **policy):
-        return original(*arguments, window=window // 2, **policy)
+    def blind(given, *, window, **policy):
+        return original(given, window=window // 2, **policy)
 
     monkeypatch.setattr(attend, "sparse", blind)
     assert compatibility.try_model("gemma3_text").outcome == "WRONG"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condensate_ext.transformers.cache import DECODE_HEAD_DIMS, layer_of
-from condensate_ext.transformers.computes import Compute, sparse
+from condensate_ext.transformers.computes import Compute, Inputs, sparse
 from condensate_ext.transformers.masks import FIXED, PADDED
 from condensate_ext.transformers.refusals import layer_name, refuse
 
@@ -43,6 +43,7 @@ def attend(
 ) -> Tensor:
     """Attention of one layer by its mask (masks.py): ``[B, Hq, Lq, Dv]``."""
     _check(module, key, value, dropout, softcap, is_causal, rest)
+    given = Inputs(query, key, value, scaling, s_aux)
     kind = None if mask is None else mask.dtype
     windowed = kind in (torch.int16, torch.uint8)
     if sliding_window is not None and not windowed and sliding_window < key.shape[2]:
@@ -51,22 +52,19 @@ def attend(
             module,
         )
     if kind is None:
-        return _full(compute, query, key, value, scaling, s_aux)
+        return _full(compute, given)
     if mask is None or mask.dim() != 4:
         refuse(f"an attention mask of shape {_shape(mask)}", "pass none, or a 2-D one", module)
     if kind is torch.int64 and mask.shape[-1] == FIXED:
-        return _fixed(compute, query, key, value, scaling, s_aux, mask)
+        return _fixed(compute, given, mask)
     if kind is torch.int64 and mask.shape[-1] == PADDED:
-        return _padded(compute, query, key, value, scaling, s_aux, mask)
+        return _padded(compute, given, mask)
     if kind is torch.int32:
-        return _packed(compute, query, key, value, scaling, s_aux, mask)
+        return _packed(compute, given, mask)
     if kind is torch.int16:
-        window = mask.shape[-1]
-        return sparse(
-            query, key, value, scaling, s_aux, window=window, anchors=0, topk=0, far_field=False
-        )
+        return sparse(given, window=mask.shape[-1], anchors=0, topk=0, far_field=False)
     if kind is torch.uint8:
-        return _dense(query, key, value, scaling, s_aux, mask.bool())
+        return _dense(given, mask.bool())
     refuse(
         "an explicit attention mask", "pass none, or a 2-D one that tells padding from text", module
     )
@@ -108,17 +106,9 @@ def _brief(given: Any) -> str:
     return f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else repr(given)[:40]
 
 
-def _step(
-    compute: Compute,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    starts: tuple[int, ...] | None = None,
-) -> Tensor | None:
+def _step(compute: Compute, given: Inputs, starts: tuple[int, ...] | None = None) -> Tensor | None:
     """A few queries over a cache layer with summaries; None where this is none."""
-    layer = layer_of(key, value)
+    layer = layer_of(given.key, given.value)
     if layer is None:
         return None
     keys, values = layer.buffers()
@@ -126,106 +116,65 @@ def _step(
         return None  # the CUDA decode kernels have 16-bit queries alone
     if keys.shape[-1] != values.shape[-1] or keys.shape[-1] not in DECODE_HEAD_DIMS:
         return None
-    if query.shape[2] > DECODE_QUERIES:
+    if given.query.shape[2] > DECODE_QUERIES:
         if compute.summaries:
             layer.summaries(starts)  # before a step is captured in a graph
         return None
-    out = compute.step(query, layer, starts, scale, sinks)
-    return None if out is None else out[..., : value.shape[-1]]
+    return compute.step(given, layer, starts)
 
 
-def _full(
-    compute: Compute,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    out = _step(compute, query, key, value, scale, sinks)
-    return compute.prompt(query, key, value, scale, sinks) if out is None else out
+def _full(compute: Compute, given: Inputs) -> Tensor:
+    out = _step(compute, given)
+    return compute.prompt(given) if out is None else out
 
 
-def _fixed(
-    compute: Compute,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    mask: Tensor,
-) -> Tensor:
+def _fixed(compute: Compute, given: Inputs, mask: Tensor) -> Tensor:
     """A cache of fixed size: only its first keys are in use."""
-    out = _step(compute, query, key, value, scale, sinks)
+    out = _step(compute, given)
     if out is not None:
         return out
-    used = int(mask[0, 0, 0, 0])
-    return compute.prompt(query, key[:, :, :used], value[:, :, :used], scale, sinks)
+    return compute.prompt(given.part(slice(None), slice(0, int(mask[0, 0, 0, 0]))))
 
 
-def _padded(
-    compute: Compute,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    mask: Tensor,
-) -> Tensor:
+def _padded(compute: Compute, given: Inputs, mask: Tensor) -> Tensor:
     """Each row over its own keys. Queries of padding get output 0."""
     if torch.compiler.is_compiling():
         refuse("padding in a compiled forward pass", "compile for prompts of one length")
     bounds = mask[:, 0, 0].tolist()
     used, first = bounds[0][:2]
-    if all(start <= first and end == used for _, _, start, end in bounds) or first == 0:
-        starts = tuple(start for _, _, start, _ in bounds)
-        out = _step(compute, query, key, value, scale, sinks, starts)
+    if first == 0 or all(start <= first and end == used for _, _, start, end in bounds):
+        out = _step(compute, given, tuple(start for _, _, start, _ in bounds))
         if out is not None:
             return out
-    out = query.new_zeros((*query.shape[:3], value.shape[-1]))
+    query = given.query
+    out = query.new_zeros((*query.shape[:3], given.value.shape[-1]))
     for b, (_, _, start, end) in enumerate(bounds):
         begin, stop = max(start - first, 0), min(end - first, query.shape[2])
         if begin < stop:
-            keys = slice(start, first + stop)
-            row = slice(b, b + 1)
-            out[row, :, begin:stop] = compute.prompt(
-                query[row, :, begin:stop], key[row, :, keys], value[row, :, keys], scale, sinks
-            )
+            own = given.part(slice(begin, stop), slice(start, first + stop), b)
+            out[b : b + 1, :, begin:stop] = compute.prompt(own)
     return out
 
 
-def _packed(
-    compute: Compute,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    mask: Tensor,
-) -> Tensor:
+def _packed(compute: Compute, given: Inputs, mask: Tensor) -> Tensor:
     """Several sequences one after another in a row, each by itself."""
-    out = query.new_empty((*query.shape[:3], value.shape[-1]))
+    query = given.query
+    out = query.new_empty((*query.shape[:3], given.value.shape[-1]))
     for b, sequences in enumerate(mask[:, 0, 0].expand(query.shape[0], -1)):
         lengths = torch.unique_consecutive(sequences, return_counts=True)[1].tolist()
         begin = 0
         for length in lengths:
-            part = (slice(b, b + 1), slice(None), slice(begin, begin + length))
-            out[part] = compute.prompt(query[part], key[part], value[part], scale, sinks)
+            own = slice(begin, begin + length)
+            out[b : b + 1, :, own] = compute.prompt(given.part(own, own, b))
             begin += length
     return out
 
 
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float | None,
-    sinks: Tensor | None,
-    mask: Tensor,
-) -> Tensor:
+def _dense(given: Inputs, mask: Tensor) -> Tensor:
     """Layers of a window or chunk whose mask is needed key by key: exact, as the model has it."""
+    query, key, value, scale = given.query, given.key, given.value, given.scale
     group = query.shape[1] // key.shape[1]
-    if sinks is None:
+    if given.sinks is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale, enable_gqa=group > 1
         )
@@ -233,7 +182,7 @@ def _dense(
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     scores = (query @ key.mT).float() * scale
     scores = scores.masked_fill(~mask, -torch.inf)
-    sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    sink = given.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
     weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
     return weights.to(value.dtype) @ value
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from condensate_ext._defaults import ANCHORS, CACHE_TOPK, SHORTLIST, TOPK, WINDOW
-from condensate_ext._selectors import SELECTORS, Selector
+from condensate_ext._selectors import SELECTORS, Selector, listed
 
 _UNIT = 8
 
@@ -56,9 +56,9 @@ class Policy:
                     f"({self.decode_topk}); raise it or lower topk."
                 )
         if self.selector not in SELECTORS:
+            known = listed([f'"{name}"' for name in SELECTORS])
             raise ValueError(
-                f'selector is "{self.selector}", expected "block", "quest", "mean" or "exact"; '
-                '"block" is the default.'
+                f'selector is "{self.selector}", expected {known}; "block" is the default.'
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1], or None.")
