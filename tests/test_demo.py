@@ -69,7 +69,7 @@ def test_missing_typer_is_said(monkeypatch, capsys):
 
 def test_a_missing_layer_is_said(monkeypatch, capsys):
     monkeypatch.setattr(captured, "PACKAGE", "no_such_package")
-    assert demo.main([]) == 1
+    assert cli.main(["demo"]) == 1
     assert "pip install ./examples/demo_layer" in capsys.readouterr().out
 
 
