@@ -26,7 +26,7 @@ from condensate_ext.transformers import computes, disable, enable
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
 PROMPT, STEPS, VOCABULARY = 160, 4, 128
-SECONDS = 240  # for one model
+SECONDS = 120  # for one model
 LIMIT = 2e-3  # of the largest logit; what is wrong is wrong by far more
 
 # Of the fields that a configuration has, those that make its model small.
