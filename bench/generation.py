@@ -17,12 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from condensate_ext.transformers import Lossless, condensed_attention
+from condensate_ext._machine import cpu_name
+from condensate_ext.evaluate.runs import attended
+from condensate_ext.model_files import load_causal_lm
+from condensate_ext.transformers import Lossless
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,10 +67,6 @@ def seconds(call: Callable[[], Any], ids: Tensor) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def context(model: Any, on: bool, policy: Policy) -> AbstractContextManager[None]:
-    return condensed_attention(model, **policy) if on else nullcontext()
-
-
 @torch.no_grad()
 def generate(model: Any, ids: Tensor, way: str, new: int, policy: Policy) -> Record:
     """One generation: seconds of the prompt, seconds of the steps after it, tokens."""
@@ -76,7 +74,7 @@ def generate(model: Any, ids: Tensor, way: str, new: int, policy: Policy) -> Rec
 
     cache = transformers.DynamicCache(config=model.config)
     held = ids.shape[1] - 1
-    with context(model, way == "condensed", policy):
+    with attended(model, policy if way == "condensed" else None):
         first, _ = seconds(
             lambda: model(input_ids=ids[:, :held], cache=cache, logits_to_keep=1), ids
         )
@@ -87,7 +85,7 @@ def generate(model: Any, ids: Tensor, way: str, new: int, policy: Policy) -> Rec
     lossless = Lossless(**policy) if way == "lossless" else None
     if lossless is not None:
         options["custom_generate"] = lossless
-    with context(model, way in ("condensed", "decode"), policy):
+    with attended(model, policy if way in ("condensed", "decode") else None):
         steps, tokens = seconds(lambda: model.generate(ids, **options), ids)
     accepted = lossless.acceptance.mean_accepted if lossless is not None else None
     return {
@@ -142,15 +140,12 @@ def load(chosen: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[A
         model = random_model(chosen.shape, chosen.layers, device, dtype)
         ids = torch.randint(1, model.config.vocab_size, (1, length), device=device)
         return model, ids
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(chosen.model)
+    tokenizer, model = load_causal_lm(Path(chosen.model), dtype)
     text = Path(chosen.text).read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :length]
     if ids.shape[1] < length:
         raise SystemExit(f"{chosen.text} has {ids.shape[1]} tokens; --tokens asks for {length}")
-    model = transformers.AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype)
-    return model.to(device).eval(), ids.to(device)
+    return model.to(device), ids.to(device)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,7 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         "model": chosen.shape or Path(chosen.model).name,
         "layers": model.config.num_hidden_layers,
         "dtype": chosen.dtype,
-        "processor": report.processor(),
+        "processor": cpu_name(),
         "threads": torch.get_num_threads(),
         "records": records,
     }

@@ -42,13 +42,6 @@ def results_folder() -> Path:
     return RESULTS / "-".join(name.lower().split()[:2])
 
 
-def processor() -> str:
-    """The CPU's name."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "unknown")
-
-
 def committed(name: str) -> list[Path]:
     """The files of this name, of every card."""
     return sorted(RESULTS.glob(f"*/{name}.json"))

@@ -53,6 +53,14 @@ from condensate_ext._loader import require
 
 UNIT_KEYS = 8
 POOL_KEYS = 64
+HEAD_DIMS = (64, 96, 128, 256)
+MAX_QUERIES = 16  # new tokens of a sequence
+
+
+def record_rows(page_size: int, *, paged: bool = True) -> int:
+    """Rows of a page's and head's record: its units, then its pools."""
+    pool = min(page_size, POOL_KEYS) if paged else POOL_KEYS
+    return -(-page_size // UNIT_KEYS) + -(-page_size // max(pool, 1))
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,7 @@ class KVSummaries:
                 "[pages, heads, tokens, head_dim]; reshape it."
             )
         pages, heads, page_size, head_dim = key_cache.shape
-        pool = min(page_size, POOL_KEYS) if paged else POOL_KEYS
-        records = (pages, heads, -(-page_size // UNIT_KEYS) + -(-page_size // max(pool, 1)))
+        records = (pages, heads, record_rows(page_size, paged=paged))
         return cls(
             key_cache.new_zeros((*records, head_dim), dtype=torch.int8),
             key_cache.new_zeros(records, dtype=torch.float32),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from condensate_ext._machine import cpu_name
 
 from tools.scorecard.line import Line, Piece, Tally
 from tools.scorecard.rows import LINES
@@ -18,10 +18,7 @@ from tools.scorecard.state import load
 def card(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [name.split(":")[1].strip() for name in names if name.startswith("model name")]
-    return models[0] if models else platform.machine()
+    return cpu_name()
 
 
 def run_piece(line: Line, piece: Piece) -> Tally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ import torch
 import typer
 
 from condensate_ext import _loader
+from condensate_ext._machine import cpu_name
 from condensate_ext._tables import make_table
 from condensate_ext.commands import bench_cases, console
 from condensate_ext.commands.bench_cases import Record, Shape
@@ -98,7 +98,7 @@ def run(shape: Shape, lengths: Sequence[int], budgets: list[int], output: Path) 
 def _environment(shape: Shape) -> dict[str, Any]:
     gpu = shape.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name(shape.device) if gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(shape.device) if gpu else cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "heads": shape.heads,
@@ -106,16 +106,6 @@ def _environment(shape: Shape) -> dict[str, Any]:
         "head_dim": shape.head_dim,
         "dtype": str(shape.dtype).removeprefix("torch."),
     }
-
-
-def _cpu_name() -> str:
-    """As Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _show(shown: Any, records: list[Record], budgets: list[int]) -> None:

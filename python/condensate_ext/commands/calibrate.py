@@ -9,7 +9,7 @@ import torch
 import typer
 
 from condensate_ext.commands import console
-from condensate_ext.commands.options import DEVICE, DTYPE, MODEL, check_dtype
+from condensate_ext.commands.options import CONTEXT, DEVICE, DTYPE, MODEL, TEXT, check_dtype
 from condensate_ext.evaluate import calibration
 from condensate_ext.evaluate.policies import policy
 from condensate_ext.evaluate.subject import context_of, default_dtype, load
@@ -18,13 +18,10 @@ from condensate_ext.model_checks import check_model
 
 def command(
     model: MODEL,
-    text: Annotated[Path, typer.Option(help="Text file, documents separated by NUL.")],
+    text: TEXT,
     device: DEVICE = None,
     dtype: DTYPE = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens. Default: 32768 on a GPU, 4096 on the CPU, if the model has it."),
-    ] = None,
+    context: CONTEXT = None,
     documents: Annotated[int, typer.Option(help="Texts: windows of long ones if need be.")] = 2,
     budgets: Annotated[
         list[int], typer.Option(help="Keys per query in all, to choose from.")

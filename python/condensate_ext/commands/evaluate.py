@@ -10,7 +10,7 @@ import typer
 
 from condensate_ext._selectors import SELECTORS
 from condensate_ext.commands import console
-from condensate_ext.commands.options import BATCH, DEVICE, DTYPE, MODEL, check_dtype
+from condensate_ext.commands.options import BATCH, CONTEXT, DEVICE, DTYPE, MODEL, TEXT, check_dtype
 from condensate_ext.evaluate import page, report
 from condensate_ext.evaluate.evaluation import PROTOCOLS, Evaluation, Settings
 from condensate_ext.evaluate.forms import make_form
@@ -27,13 +27,10 @@ _JSON, _HTML = "evaluation.json", "report.html"
 
 def command(
     model: MODEL,
-    text: Annotated[Path, typer.Option(help="Text file, documents separated by NUL.")],
+    text: TEXT,
     device: DEVICE = None,
     dtype: DTYPE = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens. Default: 32768 on a GPU, 4096 on the CPU, if the model has it."),
-    ] = None,
+    context: CONTEXT = None,
     documents: Annotated[int, typer.Option(help="Texts: windows of long ones if need be.")] = 4,
     budgets: Annotated[
         list[int], typer.Option(help="Keys per query in all: 64 anchors, a window of 256, ...")

@@ -8,6 +8,11 @@ from typing import Annotated
 import typer
 
 MODEL = Annotated[Path, typer.Option(help="Folder of a Hugging Face causal LM.")]
+TEXT = Annotated[Path, typer.Option(help="Text file, documents separated by NUL.")]
+CONTEXT = Annotated[
+    int | None,
+    typer.Option(help="Tokens. Default: 32768 on a GPU, 4096 on the CPU, if the model has it."),
+]
 DEVICE = Annotated[str | None, typer.Option(help="Default: cuda where there is one, else cpu.")]
 DTYPE = Annotated[
     str | None,

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condensate_ext.transformers.cache import DECODE_HEAD_DIMS, layer_of
+from condensate_ext.kvcache import HEAD_DIMS, MAX_QUERIES
+from condensate_ext.transformers.cache import layer_of
 from condensate_ext.transformers.computes import Compute, Inputs, sparse
 from condensate_ext.transformers.masks import FIXED, PADDED
 from condensate_ext.transformers.refusals import layer_name, refuse
 
-DECODE_QUERIES = 16
 _HEAD_DIM = 256  # of the prefill kernels, in multiples of 8
 
 # Keyword arguments that transformers passes to attention and that change nothing it computes.
@@ -114,9 +114,9 @@ def _step(compute: Compute, given: Inputs, starts: tuple[int, ...] | None = None
     keys, values = layer.buffers()
     if keys.dtype == torch.float32 and keys.is_cuda:
         return None  # the CUDA decode kernels have 16-bit queries alone
-    if keys.shape[-1] != values.shape[-1] or keys.shape[-1] not in DECODE_HEAD_DIMS:
+    if keys.shape[-1] != values.shape[-1] or keys.shape[-1] not in HEAD_DIMS:
         return None
-    if given.query.shape[2] > DECODE_QUERIES:
+    if given.query.shape[2] > MAX_QUERIES:
         if compute.summaries:
             layer.summaries(starts)  # before a step is captured in a graph
         return None

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from condensate_ext.kvcache import KVSummaries
+from condensate_ext.kvcache import HEAD_DIMS, KVSummaries
 
-DECODE_HEAD_DIMS = (64, 96, 128, 256)
 _GROWTH = 4  # a full buffer grows by a quarter
 _ROUND = 256
 
 
 def decode_head_dim(*widths: int) -> int | None:
     """The narrowest head_dim of the decode kernels that holds all of them."""
-    return next((d for d in DECODE_HEAD_DIMS if d >= max(widths)), None)
+    return next((d for d in HEAD_DIMS if d >= max(widths)), None)
 
 
 class Summarised:
@@ -218,4 +217,4 @@ def keep_summaries(cache: Cache, index: int) -> None:
 def _decodes(layer: StaticLayer) -> bool:
     if not layer.is_initialized:
         return True
-    return layer.k_head_dim == layer.v_head_dim and layer.k_head_dim in DECODE_HEAD_DIMS
+    return layer.k_head_dim == layer.v_head_dim and layer.k_head_dim in HEAD_DIMS

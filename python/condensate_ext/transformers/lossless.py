@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condensate_ext.transformers.attend import DECODE_QUERIES
+from condensate_ext.kvcache import MAX_QUERIES
 from condensate_ext.transformers.computes import Compute, Condensed, Dense
 from condensate_ext.transformers.policy import Policy
 from condensate_ext.transformers.switch import open_context
@@ -58,9 +58,9 @@ class Lossless:
     """
 
     def __init__(self, draft_tokens: int = 8, **policy: Any) -> None:
-        if not 1 <= draft_tokens < DECODE_QUERIES:
+        if not 1 <= draft_tokens < MAX_QUERIES:
             raise ValueError(
-                f"draft_tokens is {draft_tokens}, expected 1 to {DECODE_QUERIES - 1}."
+                f"draft_tokens is {draft_tokens}, expected 1 to {MAX_QUERIES - 1}."
             )
         self.draft_tokens = draft_tokens
         self.drafter = Condensed(Policy.of("Lossless", policy))

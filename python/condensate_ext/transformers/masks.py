@@ -111,20 +111,13 @@ def _padding(
     """The [B, n] mask of tokens where some are padding; None where all count."""
     if mask is None:
         return None
-    seen = kv_length + kv_offset
-    if not fixed and mask.shape[1] != seen:
+    seen = int(q_offset) + q_length if fixed else kv_length + kv_offset
+    if mask.shape[1] < seen or (mask.shape[1] > seen and not fixed):
         refuse(
             f"an attention_mask of {mask.shape[1]} tokens for {seen} in cache and input",
             "pass one that covers every token so far, or none",
         )
-    if fixed:
-        held = int(q_offset) + q_length
-        if mask.shape[1] < held:
-            refuse(
-                f"an attention_mask of {mask.shape[1]} tokens for {held} in cache and input",
-                "pass one that covers every token so far, or none",
-            )
-        mask = mask[:, :held]
+    mask = mask[:, :seen]
     return None if bool(mask.all()) else mask
 
 

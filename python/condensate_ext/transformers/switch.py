@@ -267,10 +267,10 @@ def disable(model: Any) -> None:
     Args:
         model: a transformers model.
     """
+    modules = _attentions(model)
     with _lock:
-        for module in _attentions(model):
+        for module in modules:
             _unwatch(module)
-        modules = _attentions(model)
         if modules and "_condensate" in modules[0].__dict__:
             switch = _switch_of(model)
             switch.enabled = None

@@ -11,16 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from condensate_ext.kvcache import POOL_KEYS, UNIT_KEYS, KVSummaries, attention_with_kvcache
+from condensate_ext.kvcache import (
+    MAX_QUERIES,
+    KVSummaries,
+    attention_with_kvcache,
+    record_rows,
+)
 from condensate_ext.ops import attention
 from condensate_ext.vllm.settings import Settings
-
-MAX_STEP = 16  # new tokens of a sequence that attention_with_kvcache takes
-
-
-def record_rows(page_size: int) -> int:
-    """Rows of a page's and head's record, ``R``."""
-    return -(-page_size // UNIT_KEYS) + -(-page_size // min(page_size, POOL_KEYS))
 
 
 def record_bytes_per_token(page_size: int, head_dim: int, element_bytes: int) -> int:
@@ -70,7 +68,7 @@ def plan_rows(query_lens: list[int], cache_lens: list[int]) -> list[Rows]:
     token = 0
     for b, (new, length) in enumerate(zip(query_lens, cache_lens, strict=True)):
         before = runs[-1] if runs else None
-        if before and before.last == b and before.query_len == new <= MAX_STEP:
+        if before and before.last == b and before.query_len == new <= MAX_QUERIES:
             longest = max(before.cache_len, length)
             runs[-1] = Rows(before.first, b + 1, new, before.token, longest)
         elif new > 0:
@@ -141,7 +139,7 @@ class LayerCache:
         for run in runs:
             some = slice(run.first, run.last)
             tokens = slice(run.token, run.token + (run.last - run.first) * run.query_len)
-            step = run.query_len <= MAX_STEP
+            step = run.query_len <= MAX_QUERIES
             compute = self._attend_step if step else self._attend_chunk
             compute(
                 query[tokens], out[tokens], lengths[some], table[some], run, settings, scale

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HEAD_DIMS = (64, 96, 128, 256)
+from condensate_ext.kvcache import HEAD_DIMS
+
 MAX_GROUP = 64
 
 
